@@ -77,8 +77,8 @@ def built_in_digits(count, seed):
     images = []
     for part in choice.split(2000):
         # A random 2 x 2 matrix turns, slants and stretches in one; the third column shifts.
-        affine = torch.randn(len(part), 2, 3, generator=generator)
-        affine = torch.tensor([[0.95, 0.12, 0], [0, 0.85, 0]]) + affine * torch.tensor([[0.13, 0.2, 0.06], [0.12, 0.08, 0.06]])
+        mean, spread = torch.tensor([[[0.95, 0.12, 0], [0, 0.85, 0]], [[0.13, 0.2, 0.06], [0.12, 0.08, 0.06]]])
+        affine = mean + spread * torch.randn(len(part), 2, 3, generator=generator)
         bend = F.interpolate(0.07 * torch.randn(len(part), 2, 4, 4, generator=generator), size=28, mode="bicubic")
         where = F.affine_grid(affine, [len(part), 1, 28, 28], align_corners=False) + bend.permute(0, 2, 3, 1)
         drawn = F.grid_sample(glyphs[part], where, align_corners=False).squeeze(1)
@@ -245,9 +245,10 @@ def pick_device(device):
     if device is None:
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        return torch.zeros(1, device=device).cpu() + 1 and torch.device(device)
+        torch.zeros(1, device=device).cpu()
     except Exception as error:
         raise ValueError(f"device={device!r} will not do: PyTorch cannot use it here. Try 'cpu' or None") from error
+    return torch.device(device)
 
 
 def make_folder(path):
@@ -271,7 +272,8 @@ def write_whole(path, content):
     except OSError as error:
         raise RuntimeError(f"{path} could not be written ({error.strerror}); what it held before is safe") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def load_checkpoint(out_dir):
@@ -317,7 +319,7 @@ def save_figure(figure, path):
 def save_grid(images, path, columns, title, captions=(), boxed=()):
     """Saves images [N, 1, 28, 28] in rows of `columns`, captions above the first of them, red boxes around some."""
     gap = 12 if len(captions) > columns else 3  # captions further down need room between the rows
-    grid = make_grid(images, nrow=columns, padding=gap)[0]
+    grid = make_grid(images, nrow=columns, padding=gap)[0].numpy()
     height, width = grid.shape
     figure = Figure(figsize=(3 * width / 100, 3 * (height + 22) / 100))  # 3 x 3 pixels on the screen for each
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, -22))
@@ -383,7 +385,7 @@ def describe(model, dataset, epochs):
 #
 # Adam takes a step per batch. Its steps never quite settle; they wander around a good place, and the average of where
 # they have been lately is closer to it than they are. So `average` follows `model` like a slow shadow: it remembers
-# about the last tenth of the way, and it is what we test, save and return. It needs no plan for how long the run will
+# mostly the last tenth of the way, and it is what we test, save and return. It needs no plan for how long the run will
 # be, so a run can end, or go on, at any epoch.
 #
 # Look at `cvae_results/epoch_10.png`, `epoch_20.png` and so on: each row keeps its `z`, so you see the same ten styles
@@ -432,9 +434,10 @@ def restore(out_dir, hyperparameters, model, average, optimizer):
     before = checkpoint.get("hyperparameters")
     if not isinstance(before, dict):
         raise ValueError(f"{path} holds no training state: it can be drawn from, but not resumed")
-    other = [f"{key}={before.get(key)!r}, not {value!r}" for key, value in hyperparameters.items() if before.get(key) != value]
+    other = {key: value for key, value in hyperparameters.items() if before.get(key) != value}
     if other:
-        raise ValueError(f"{path} was trained with {', '.join(other)}. Ask for the same, or train anew without resume")
+        other = ", ".join(f"{key}={before.get(key)!r}, not {value!r}" for key, value in other.items())
+        raise ValueError(f"{path} was trained with {other}. Ask for the same, or train anew without resume")
     try:
         average.load_state_dict(checkpoint["model_state_dict"])
         model.load_state_dict(checkpoint["training_state_dict"])
@@ -470,24 +473,12 @@ def train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch):
             if not math.isfinite(loss):
                 break
             if sys.stdout.isatty():
-                print(f"\repoch {epoch}  {seen / len(x):4.0%}  loss {loss:.2f}", end="", flush=True)
+                print(f"epoch {epoch}  {seen / len(x):4.0%}  loss {loss:.2f}", end="\r", flush=True)
     return (sums / seen).tolist()
 
 
-def train_cvae(
-    epochs=100,
-    batch_size=128,
-    learning_rate=2e-3,
-    h_dim=600,
-    z_dim=50,
-    num_classes=10,
-    data_dir="./mnist",
-    out_dir=".",
-    seed=0,
-    resume=False,
-    device=None,
-    textbook=False,
-):
+def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_dim=50, num_classes=10,
+               data_dir="./mnist", out_dir=".", seed=0, resume=False, device=None, textbook=False):  # fmt: skip
     """Trains a CVAE (num_classes=0: the plain VAE) and returns it.
 
     Writes, under out_dir: cvae_checkpoint.pth after every epoch, cvae_results/epoch_N.png every ten epochs and after
@@ -520,12 +511,12 @@ def train_cvae(
 
         dataset, *sets = load_digits(data_dir)
         if resume and dataset != trained_on:
-            raise ValueError(f"{path} was trained on {trained_on}, and this would be {dataset}. Train anew without resume")
-        # The images stay bytes, 47 MB for all, until their batch is due; row d of `codes` is the one-hot code of digit d.
-        (x, labels), (test_x, test_labels) = [(part.flatten(1).to(device), digits.to(device)) for part, digits in sets]
-        codes = torch.eye(10, num_classes, device=device)
+            raise ValueError(f"{path} was trained on {trained_on}, this would be {dataset}. Train anew without resume")
+        # The images stay bytes, 47 MB in all, until their batch is due. Row d of `codes` is the one-hot code of d.
+        (x, labels), (test_x, test_labels) = [(part.flatten(1).to(device), digit.to(device)) for part, digit in sets]
+        codes, n = torch.eye(10, num_classes, device=device), len(test_x)
         size = sum(weight.numel() for weight in model.parameters())
-        print(f"{dataset}: {len(x):,} images to train on, {len(test_x):,} to test on. Model: {size:,} weights, on {device}")
+        print(f"{dataset}: {len(x):,} images to train on, {n:,} to test on. Model: {size:,} weights, on {device}")
 
         start = time.perf_counter()
         try:
@@ -533,9 +524,11 @@ def train_cvae(
                 began = time.perf_counter()
                 torch.manual_seed(seed * 100_003 + epoch)  # so that resuming at an epoch needs no saved random state
                 reconstruction, kl = train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch)
-                loss, n = reconstruction + kl, len(test_x)
-                after, test_loss = average_loss(average, x[:n], labels[:n], codes), average_loss(average, test_x, test_labels, codes)
-                if not math.isfinite(loss + after + test_loss) or not all(w.isfinite().all() for w in model.parameters()):
+                loss = reconstruction + kl
+                after = average_loss(average, x[:n], labels[:n], codes)
+                test_loss = average_loss(average, test_x, test_labels, codes)
+                healthy = all(weight.isfinite().all() for weight in model.parameters())
+                if not (healthy and math.isfinite(loss + after + test_loss)):
                     raise RuntimeError(
                         f"The loss is no longer finite in epoch {epoch}: learning_rate={learning_rate} is probably too "
                         f"high, try a third. {f'{path} keeps epoch {done}' if done else 'Nothing was saved'}"
@@ -543,7 +536,8 @@ def train_cvae(
                 for losses, value in zip(history.values(), (loss, reconstruction, kl, after, test_loss), strict=True):
                     losses.append(value)
                 if epoch % 10 == 0 or epoch == epochs:
-                    save_samples(average, out_dir / "cvae_results" / f"epoch_{epoch}.png", describe(model, dataset, epoch))
+                    picture = out_dir / "cvae_results" / f"epoch_{epoch}.png"
+                    save_samples(average, picture, describe(model, dataset, epoch))
                 checkpoint = {
                     "epoch": epoch,
                     "model_state_dict": average.state_dict(),
@@ -559,7 +553,7 @@ def train_cvae(
                 done, now = epoch, time.perf_counter()
                 left = timedelta(seconds=round((now - start) / (epoch - first) * (epochs - epoch)))
                 print(
-                    f"{chr(13) * sys.stdout.isatty()}epoch {epoch}/{epochs}  loss {loss:.2f} = {reconstruction:.2f} "
+                    f"epoch {epoch}/{epochs}  loss {loss:.2f} = {reconstruction:.2f} "
                     f"reconstruction + {kl:.2f} KL  test {test_loss:.2f}  {now - began:.1f} s  {left} left",
                     flush=True,
                 )
@@ -684,9 +678,10 @@ def main(arguments):
     parser.add_argument("steps", nargs="*", metavar="step", help="train, draw, restyle; none named: all, in this order")
     for name, text in OPTIONS.items():
         default = next(parameters[name].default for parameters in takes.values() if name in parameters)
-        kind = {"action": "store_true"} if default is False else {"type": type(default or ""), "metavar": name[0].upper()}
-        text += f" ({default})" if default and name != "digit" else ""
-        parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **kind)
+        kind = str if default is None else type(default)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        text += "" if default is None or kind is bool or name == "digit" else f" (default: {default})"
+        parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     options = vars(parser.parse_args(arguments))
     chosen = options.pop("steps") or list(steps)
     for step in set(chosen) - set(steps):
@@ -724,7 +719,7 @@ if __name__ == "__main__":
         try:
             main(sys.argv[1:])
         except KeyboardInterrupt as interrupt:
-            sys.stderr.write(f"\n{str(interrupt) or 'Interrupted'}\n")
+            print(str(interrupt) or "Interrupted", file=sys.stderr)
             sys.exit(130)
         except (ValueError, FileNotFoundError, RuntimeError) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
