@@ -92,7 +92,8 @@ def load_digits(data_dir):
     Returns the data set's name, then (images uint8 [N, 28, 28], labels int64 [N]) to train on and to test on.
     Raises RuntimeError if the files are there but damaged.
     """
-    raw, timeout = Path(data_dir).expanduser() / "MNIST" / "raw", socket.getdefaulttimeout()
+    data_dir, timeout = Path(data_dir).expanduser(), socket.getdefaulttimeout()
+    raw = data_dir / "MNIST" / "raw"
     try:
         socket.setdefaulttimeout(5)  # seconds; without it, torchvision waits for a dead network forever
         # In a log file the download's progress bar would be a mess of carriage returns.
@@ -103,7 +104,7 @@ def load_digits(data_dir):
                 raise ValueError("images and labels do not fit together")
         return "MNIST", *[(part.data, part.targets) for part in sets]
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         if all((raw / name).is_file() for name in MNIST_FILES):
             raise RuntimeError(f"MNIST in {raw} is damaged ({reason}). Delete that folder and run again") from error
         print(f"MNIST is not in {raw} and could not be downloaded: {reason}")
@@ -212,8 +213,15 @@ def is_number(value):
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
+def is_finite(model):
+    return all(weight.isfinite().all() for weight in model.parameters())
+
+
 def is_folder(value):
-    return isinstance(value, str | os.PathLike) and (Path(value).is_dir() or not Path(value).exists())
+    if not isinstance(value, str | os.PathLike):
+        return False
+    path = Path(value).expanduser()
+    return next(folder for folder in (path, *path.parents) if folder.exists()).is_dir()
 
 
 RULES = {
@@ -288,10 +296,12 @@ def load_checkpoint(out_dir):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = checkpoint["model_state_dict"]
         (z_dim, h_dim), num_classes = weights["fc2.weight"].shape, weights["fc1.weight"].shape[1] - 784
-        model = CVAE(784, h_dim, z_dim, num_classes)
+        with torch.random.fork_rng(devices=[]):  # the random weights it starts with are no business of the caller's
+            model = CVAE(784, h_dim, z_dim, num_classes)
         model.load_state_dict(weights)
         check(num_classes=num_classes)
-        assert all(weight.isfinite().all() for weight in model.parameters())
+        if not is_finite(model):
+            raise ValueError("NaN")
     except Exception as error:  # not chained: to a file it distrusts, torch.load says how to run its code all the same
         raise ValueError(
             f"{path} is damaged, or no CVAE for MNIST ({type(error).__name__}). Delete it and train again"
@@ -428,9 +438,9 @@ def save_samples(model, path, title):
     save_grid(images, path, 10, title, captions=range(model.num_classes))
 
 
-def restore(out_dir, hyperparameters, model, average, optimizer):
-    """Puts a checkpoint back into model, average and optimizer; returns its history and the name of its data set."""
-    path, (checkpoint, _) = out_dir / CHECKPOINT, load_checkpoint(out_dir)
+def restore(path, hyperparameters, model, average, optimizer, history):
+    """Puts a checkpoint back into model, average, optimizer and history; returns the name of its data set."""
+    checkpoint, _ = load_checkpoint(path.parent)
     before = checkpoint.get("hyperparameters")
     if not isinstance(before, dict):
         raise ValueError(f"{path} holds no training state: it can be drawn from, but not resumed")
@@ -442,11 +452,14 @@ def restore(out_dir, hyperparameters, model, average, optimizer):
         average.load_state_dict(checkpoint["model_state_dict"])
         model.load_state_dict(checkpoint["training_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        for weight in model.parameters():
-            momentum = optimizer.state[weight]["exp_avg"]
-            assert momentum.shape == weight.shape and (momentum + weight).isfinite().all()
-        assert {len(losses) for losses in checkpoint["history"].values()} == {checkpoint["epoch"]}
-        return checkpoint["history"], checkpoint["dataset"]
+        moments = [(w, optimizer.state[w][name]) for w in model.parameters() for name in ("exp_avg", "exp_avg_sq")]
+        fits = is_finite(model) and all(w.shape == moment.shape and moment.isfinite().all() for w, moment in moments)
+        for key, losses in history.items():
+            losses.extend(checkpoint["history"][key])
+            fits = fits and len(losses) == checkpoint["epoch"] and math.isfinite(sum(losses))
+        if not fits:
+            raise ValueError("it does not fit together")
+        return checkpoint["dataset"]
     except Exception as error:
         raise ValueError(f"{path} is damaged: its training state does not fit. Delete it and train again") from error
 
@@ -489,10 +502,11 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
     """
     check(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, h_dim=h_dim, z_dim=z_dim)
     check(num_classes=num_classes, data_dir=data_dir, out_dir=out_dir, seed=seed, resume=resume, textbook=textbook)
-    hyperparameters = dict(batch_size=int(batch_size), learning_rate=float(learning_rate), h_dim=int(h_dim))
-    hyperparameters |= dict(z_dim=int(z_dim), num_classes=int(num_classes), seed=int(seed), textbook=textbook)
+    epochs, batch_size, h_dim, z_dim = int(epochs), int(batch_size), int(h_dim), int(z_dim)
+    num_classes, seed, learning_rate = int(num_classes), int(seed), float(learning_rate)
+    hyperparameters = dict(batch_size=batch_size, learning_rate=learning_rate, h_dim=h_dim, z_dim=z_dim)
+    hyperparameters |= dict(num_classes=num_classes, seed=seed, textbook=textbook)
     device, out_dir = pick_device(device), Path(out_dir).expanduser()
-    make_folder(out_dir / "cvae_results")
     path = out_dir / CHECKPOINT
     with own_settings(device):
         torch.manual_seed(seed)
@@ -503,12 +517,12 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
         average = model.to(device) if textbook else copy.deepcopy(model.to(device))
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)  # fused: one pass over memory
         history = {key: [] for key in ("train_loss", "reconstruction", "kl", "train_loss_after", "test_loss")}
-        if resume:
-            history, trained_on = restore(out_dir, hyperparameters, model, average, optimizer)
+        trained_on = restore(path, hyperparameters, model, average, optimizer, history) if resume else None
         first = done = len(history["train_loss"])
         if done > epochs:
             raise ValueError(f"epochs={epochs} will not do: {path} has {done} behind it. Ask for as many or more")
 
+        make_folder(out_dir / "cvae_results")
         dataset, *sets = load_digits(data_dir)
         if resume and dataset != trained_on:
             raise ValueError(f"{path} was trained on {trained_on}, this would be {dataset}. Train anew without resume")
@@ -527,8 +541,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
                 loss = reconstruction + kl
                 after = average_loss(average, x[:n], labels[:n], codes)
                 test_loss = average_loss(average, test_x, test_labels, codes)
-                healthy = all(weight.isfinite().all() for weight in model.parameters())
-                if not (healthy and math.isfinite(loss + after + test_loss)):
+                if not (is_finite(model) and math.isfinite(loss + after + test_loss)):
                     raise RuntimeError(
                         f"The loss is no longer finite in epoch {epoch}: learning_rate={learning_rate} is probably too "
                         f"high, try a third. {f'{path} keeps epoch {done}' if done else 'Nothing was saved'}"
@@ -594,11 +607,11 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
     digits = [int(input)] * 10 if flag else list(range(10))
     generator = torch.Generator()
     generator.manual_seed(generator.seed() if seed is None else int(seed))
-    z = temperature * torch.randn(10, model.z_dim, generator=generator)
+    z = float(temperature) * torch.randn(10, model.z_dim, generator=generator)
     images = draw(model.to(device), z, torch.eye(10, model.num_classes)[digits])
     title = describe(model, checkpoint.get("dataset", "unnamed data"), checkpoint.get("epoch", "?"))
     save_grid(images, path, 5, title, captions=digits if model.num_classes else ())
-    print(f"{title}: drew ten digits, {path}", flush=True)
+    print(f"{title}, draws {f'the digit {digits[0]}' if flag else 'ten digits'}: {path}", flush=True)
     return images
 
 
@@ -623,10 +636,12 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
     checkpoint, model = load_checkpoint(out_dir)
     path = Path(out_dir).expanduser() / "CVAE_styles.png"
     make_folder(path.parent)
-    dataset = checkpoint.get("dataset", "unnamed data")
-    # A model of the built-in digits is shown those: real handwriting would be strange to it.
-    images, labels = built_in_digits(10_000, seed=1) if dataset == BUILT_IN else load_digits(data_dir)[2]
-    rows = [labels.tolist().index(digit) for digit in range(10)] if indices is None else list(indices)
+    shown = dataset = checkpoint.get("dataset", "unnamed data")
+    if dataset == BUILT_IN:  # real handwriting would be strange to this model
+        images, labels = built_in_digits(10_000, seed=1)
+    else:
+        shown, _, (images, labels) = load_digits(data_dir)
+    rows = [labels.tolist().index(digit) for digit in range(10)] if indices is None else list(map(int, indices))
     if max(rows) >= len(images):
         raise ValueError(f"indices={indices!r} will not do: there are {len(images)} test images")
     x, labels, columns = images[rows].view(-1, 1, 28, 28) / 255, labels[rows], max(model.num_classes, 1)
@@ -637,9 +652,9 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
     images = torch.cat([x.unsqueeze(1), redrawn], dim=1)
     boxed = [row * (1 + columns) + 1 + label % columns for row, label in enumerate(labels.tolist())]
     captions = ["original", *range(10)] if model.num_classes else ["original", "redrawn"]
-    title = describe(model, dataset, checkpoint.get("epoch", "?"))
+    title = f"{describe(model, dataset, checkpoint.get('epoch', '?'))}, redraws test digits of {shown}"
     save_grid(images.flatten(0, 1), path, 1 + columns, title, captions, boxed)
-    print(f"{title}: redrew {len(rows)} test digits, {path}", flush=True)
+    print(f"{title}: {path}", flush=True)
     return images
 
 
