@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from datetime import timedelta
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def is_whole(value, low=0, high=math.inf):
 
 
 def is_number(value):
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1e6
 
 
 def is_finite(model):
@@ -218,20 +219,22 @@ def is_finite(model):
 
 
 def is_folder(value):
-    if not isinstance(value, str | os.PathLike):
+    """Whether value is the path of a folder, or of one that can be made: nothing on the way is a file."""
+    try:
+        path = Path(value).expanduser()
+        return next(folder for folder in (path, *path.parents) if folder.exists()).is_dir()
+    except (TypeError, ValueError, OSError, RuntimeError):
         return False
-    path = Path(value).expanduser()
-    return next(folder for folder in (path, *path.parents) if folder.exists()).is_dir()
 
 
 RULES = {
-    "epochs batch_size h_dim z_dim": ("a whole number of 1 or more", lambda value: is_whole(value, 1)),
-    "learning_rate": ("a number above 0", lambda value: is_number(value) and value > 0),
+    "epochs batch_size h_dim z_dim": ("a whole number from 1 to 1000000", lambda value: is_whole(value, 1, 10**6)),
+    "learning_rate": ("a number above 0, at most 1e6", lambda value: is_number(value) and value > 0),
     "num_classes": ("10, or 0 for the plain VAE", lambda value: is_whole(value) and value in (0, 10)),
     "seed": ("a whole number from 0 to 4294967295", lambda value: is_whole(value, 0, 2**32 - 1)),
     "resume textbook flag": ("True or False", lambda value: isinstance(value, bool)),
     "input digit": ("a whole number from 0 to 9", lambda value: is_whole(value, 0, 9)),
-    "temperature": ("a number of 0 or more", is_number),
+    "temperature": ("a number from 0 to 1e6", is_number),
     "indices": (
         "a list of 1 to 100 whole numbers from 0 up",
         lambda value: isinstance(value, list | tuple | range) and 1 <= len(value) <= 100 and all(map(is_whole, value)),
@@ -268,12 +271,13 @@ def make_folder(path):
         raise ValueError(f"out_dir will not do: {str(path)!r} cannot be written ({error.strerror})") from error
 
 
-def write_whole(path, content):
-    """Writes bytes in one atomic step: whenever the process dies, path holds all of the old file or all of the new."""
-    unfinished = path.with_name(path.name + ".unfinished")
+def write_whole(path, save):
+    """Writes what save(file) writes, in one atomic step: whenever the process dies, path is all old or all new."""
+    content, unfinished = io.BytesIO(), path.with_name(path.name + ".unfinished")
+    save(content)
     try:
         with open(unfinished, "wb") as file:
-            file.write(content)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -304,7 +308,7 @@ def load_checkpoint(out_dir):
             raise ValueError("NaN")
     except Exception as error:  # not chained: to a file it distrusts, torch.load says how to run its code all the same
         raise ValueError(
-            f"{path} is damaged, or no CVAE for MNIST ({type(error).__name__}). Delete it and train again"
+            f"{path} is damaged, or no CVAE for MNIST ({type(error).__name__}). Move it away and train again"
         ) from None
     return checkpoint, model
 
@@ -317,13 +321,11 @@ def load_checkpoint(out_dir):
 
 # %%
 def save_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, partial(figure.savefig, dpi=100))
     if "ipykernel" in sys.modules:
         from IPython import display
 
-        display.display(display.Image(buffer.getvalue()))
+        display.display(display.Image(filename=str(path)))
 
 
 def save_grid(images, path, columns, title, captions=(), boxed=()):
@@ -358,7 +360,8 @@ def save_loss_figure(history, path, title):
         (reconstruction, "reconstruction", "tab:green", "reconstruction"),
         (kl, "kl", "tab:red", "KL divergence"),
     ]:
-        axes.plot(epochs, history[key], ".-", color=color, markersize=4, label=f"{label}: {history[key][-1]:.2f}")
+        marker = "." if len(epochs) < 30 else ""
+        axes.plot(epochs, history[key], color=color, marker=marker, label=f"{label}: {history[key][-1]:.2f}")
         # Along a logarithmic axis the first epochs, where the loss falls most, have room of their own.
         axes.set(xscale="log", xlim=(0.95, 1.05 * max(len(epochs), 2)))
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -461,7 +464,7 @@ def restore(path, hyperparameters, model, average, optimizer, history):
             raise ValueError("it does not fit together")
         return checkpoint["dataset"]
     except Exception as error:
-        raise ValueError(f"{path} is damaged: its training state does not fit. Delete it and train again") from error
+        raise ValueError(f"{path} is damaged: its training state does not fit. Move it away and train again") from error
 
 
 def train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch):
@@ -530,7 +533,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
         (x, labels), (test_x, test_labels) = [(part.flatten(1).to(device), digit.to(device)) for part, digit in sets]
         codes, n = torch.eye(10, num_classes, device=device), len(test_x)
         size = sum(weight.numel() for weight in model.parameters())
-        print(f"{dataset}: {len(x):,} images to train on, {n:,} to test on. Model: {size:,} weights, on {device}")
+        print(f"{dataset}: {len(x):,} images to train on, {n:,} to test on. {size:,} weights on {device}", flush=True)
 
         start = time.perf_counter()
         try:
@@ -560,9 +563,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
                     "dataset": dataset,
                     "history": history,
                 }
-                buffer = io.BytesIO()
-                torch.save(checkpoint, buffer)
-                write_whole(path, buffer.getbuffer())
+                write_whole(path, partial(torch.save, checkpoint))
                 done, now = epoch, time.perf_counter()
                 left = timedelta(seconds=round((now - start) / (epoch - first) * (epochs - epoch)))
                 print(
