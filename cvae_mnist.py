@@ -333,8 +333,9 @@ def save_grid(images, path, columns, title, captions=(), boxed=()):
     gap = 12 if len(captions) > columns else 3  # captions further down need room between the rows
     grid = make_grid(images, nrow=columns, padding=gap)[0].numpy()
     height, width = grid.shape
-    figure = Figure(figsize=(3 * width / 100, 3 * (height + 22) / 100))  # 3 x 3 pixels on the screen for each
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, -22))
+    margin = max(0, 200 - width) / 2  # the title needs room, too
+    figure = Figure(figsize=(3 * (width + 2 * margin) / 100, 3 * (height + 22) / 100))  # 3 x 3 pixels for each
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-margin, width + margin), ylim=(height, -22))
     axes.axis("off")
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, extent=(0, width, height, 0))
     axes.text(width / 2, -16, title, ha="center", va="center", fontsize=13)
@@ -390,7 +391,7 @@ def open_windows(paths):
 
 
 def describe(model, dataset, epochs):
-    return f"{'CVAE' if model.num_classes else 'VAE'}, {epochs} epochs on {dataset}"
+    return f"{'CVAE' if model.num_classes else 'VAE'} on {dataset}, epoch {epochs}"
 
 
 # %% [markdown]
@@ -402,8 +403,9 @@ def describe(model, dataset, epochs):
 # be, so a run can end, or go on, at any epoch.
 #
 # Look at `cvae_results/epoch_10.png`, `epoch_20.png` and so on: each row keeps its `z`, so you see the same ten styles
-# grow clear. Then look at `CVAE_loss.png`. Reconstruction falls fast; KL rises, as the model finds that a longer code
-# is worth its price; the shaded gap is what it knows about the training images that does not help with others.
+# grow clear. Then look at `CVAE_loss.png`. Reconstruction falls fast; KL rises at first, as the model finds that a
+# longer code is worth its price; the shaded gap is what it knows about the training images that does not help with
+# others.
 
 
 # %%

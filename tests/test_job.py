@@ -182,6 +182,8 @@ def test_plain_vae_does_the_whole_job(run, data_dir, tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == names
     assert inference_cvae(out_dir=tmp_path).shape == (10, 1, 28, 28)
     assert restyle_cvae(out_dir=tmp_path, data_dir=data_dir).shape == (10, 2, 1, 28, 28)
+    with Image.open(tmp_path / "CVAE_styles.png") as picture:
+        assert picture.width == 600  # two narrow columns, but the title fits
     with pytest.raises(ValueError, match="plain VAE"):
         inference_cvae(input=6, flag=True, out_dir=tmp_path)
 
