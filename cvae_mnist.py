@@ -6,7 +6,8 @@
 # it draws the digit you ask for, each time in another hand.
 #
 # Run the cells in order. The last one trains the model and draws with it, in minutes on a laptop without a GPU. The
-# same file is a script: `python cvae_mnist.py --help`.
+# same file is a script: `python cvae_mnist.py --help`. To learn, read the model, the loss, `train_epoch` and
+# `inference_cvae`, some sixty lines; the rest is there so that these can be trusted.
 
 # %%
 # /// script
@@ -123,7 +124,7 @@ def load_digits(data_dir):
 # mean and a (log) variance for each of its 50 numbers. The decoder turns a `z` and a label into an image. Because it
 # is handed the label, `z` is free to hold all the rest: slant, width, loops, what we call the style.
 #
-# Drawing `z` at random would stop the gradient. The *reparameterization trick* lets it through: draw noise that
+# Sampling `z` directly would stop the gradient. The *reparameterization trick* lets it through: sample noise that
 # depends on nothing, then scale and shift it by what the encoder said.
 
 
@@ -140,8 +141,8 @@ class CVAE(nn.Module):
         super().__init__()
         self.z_dim, self.num_classes = z_dim, num_classes
         self.fc1 = nn.Linear(input_dim + num_classes, h_dim)
-        self.fc2 = nn.Linear(h_dim, z_dim)
-        self.fc3 = nn.Linear(h_dim, z_dim)
+        self.fc2 = nn.Linear(h_dim, z_dim)  # mu
+        self.fc3 = nn.Linear(h_dim, z_dim)  # log_var
         self.fc4 = nn.Linear(z_dim + num_classes, h_dim)
         self.fc5 = nn.Linear(h_dim, input_dim)
 
@@ -151,7 +152,7 @@ class CVAE(nn.Module):
         return self.fc2(h), self.fc3(h)
 
     def reparameterize(self, mu, log_var):
-        """Draws z [B, z_dim] from N(mu, exp(log_var)), differentiable in both."""
+        """Samples z [B, z_dim] from N(mu, exp(log_var)), differentiable in both."""
         return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
 
     def decode_logits(self, z, c):
@@ -170,15 +171,17 @@ class CVAE(nn.Module):
 # %% [markdown]
 # ## The loss
 #
-# The model should find the training images likely. That likelihood has no formula, but a lower bound of it has, the
-# ELBO. Its negative is our loss, and it has two parts:
+# The model should give the training images a high probability. That probability cannot be computed, but a lower
+# bound on its logarithm can, the ELBO (evidence lower bound). Its negative is our loss. With q for the encoder, p for
+# the decoder and E for the mean over sampled `z`, it has two parts:
 #
 # $$-\mathrm{ELBO} = \mathbb{E}_{q(z|x,c)}\left[-\log p(x|z,c)\right]
 #   + \mathrm{KL}\left(q(z|x,c)\,\|\,\mathcal{N}(0, I)\right)$$
 #
-# The first, the *reconstruction*, asks that the image can be drawn again from its code. The second asks that codes
-# look like plain normal noise, so that afterwards plain normal noise can be decoded into new digits. Both are in
-# *nats*, the unit of information that goes with the natural logarithm.
+# The first, the *reconstruction*, asks that the image can be drawn again from its code. The second, the KL divergence,
+# asks that codes look like plain normal noise, so that afterwards plain normal noise can be decoded into new digits.
+# Both are in *nats*, the unit of information that goes with the natural logarithm. A grey pixel counts as the
+# probability of ink, so even a perfect copy costs something.
 
 
 # %%
@@ -254,7 +257,7 @@ def check(**arguments):
 def pick_device(device):
     """The device asked for, if it works; with None the accelerator that PyTorch sees (CUDA, MPS, ...), else the CPU."""
     if device is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.zeros(1, device=device).cpu()
     except Exception as error:
@@ -356,10 +359,10 @@ def save_loss_figure(history, path, title):
     total.fill_between(epochs, history["train_loss_after"], history["test_loss"], color="tab:orange", alpha=0.3)
     for axes, key, color, label in [
         (total, "train_loss", "tab:gray", "training images, during the epoch"),
-        (total, "train_loss_after", "tab:blue", "training images, after it"),
+        (total, "train_loss_after", "tab:blue", "training images, after it"),  # as many as there are test images
         (total, "test_loss", "tab:orange", "test images, after it"),
-        (reconstruction, "reconstruction", "tab:green", "reconstruction"),
-        (kl, "kl", "tab:red", "KL divergence"),
+        (reconstruction, "reconstruction", "tab:green", "reconstruction, during the epoch"),
+        (kl, "kl", "tab:red", "KL divergence, during the epoch"),
     ]:
         marker = "." if len(epochs) < 30 else ""
         axes.plot(epochs, history[key], color=color, marker=marker, label=f"{label}: {history[key][-1]:.2f}")
@@ -398,20 +401,19 @@ def describe(model, dataset, epochs):
 # ## Training
 #
 # Adam takes a step per batch. Its steps never quite settle; they wander around a good place, and the average of where
-# they have been lately is closer to it than they are. So `average` follows `model` like a slow shadow: it remembers
-# mostly the last tenth of the way, and it is what we test, save and return. It needs no plan for how long the run will
-# be, so a run can end, or go on, at any epoch.
+# they have been lately is closer to it than they are. So `average` follows `model`: the k-th time it goes 10/(10+k) of
+# the way to it, which makes it remember mostly the last tenth of the run. It is what we test, save and return. It needs
+# no plan for how long the run will be, so a run can end, or go on, at any epoch.
 #
 # Look at `cvae_results/epoch_10.png`, `epoch_20.png` and so on: each row keeps its `z`, so you see the same ten styles
 # grow clear. Then look at `CVAE_loss.png`. Reconstruction falls fast; KL rises at first, as the model finds that a
-# longer code is worth its price; the shaded gap is what it knows about the training images that does not help with
-# others.
+# longer code is worth its price. The shaded gap is overfitting: what is learned by heart and does not help with others.
 
 
 # %%
 @contextlib.contextmanager
 def own_settings(device):
-    """Inside, random numbers of our own and the fastest matrix products; afterwards all is as it was before."""
+    """Inside, random numbers of our own and the fastest matrix products; afterwards, CPU and CUDA are as before."""
     precision = torch.get_float32_matmul_precision()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -516,7 +518,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
     with own_settings(device):
         torch.manual_seed(seed)
         model = CVAE(784, h_dim, z_dim, num_classes)
-        if not textbook:  # to begin with small weights and no biases ends better
+        if not textbook:  # small weights and no biases to begin with: measured to end better
             for weight in model.parameters():
                 nn.init.normal_(weight, std=0.02) if weight.dim() > 1 else nn.init.zeros_(weight)
         average = model.to(device) if textbook else copy.deepcopy(model.to(device))
@@ -528,12 +530,14 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
             raise ValueError(f"epochs={epochs} will not do: {path} has {done} behind it. Ask for as many or more")
 
         make_folder(out_dir / "cvae_results")
+        if path.exists() and not resume:
+            print(f"{path} will be replaced after the first epoch; to go on from it, stop now and resume")
         dataset, *sets = load_digits(data_dir)
         if resume and dataset != trained_on:
             raise ValueError(f"{path} was trained on {trained_on}, this would be {dataset}. Train anew without resume")
         # The images stay bytes, 47 MB in all, until their batch is due. Row d of `codes` is the one-hot code of d.
         (x, labels), (test_x, test_labels) = [(part.flatten(1).to(device), digit.to(device)) for part, digit in sets]
-        codes, n = torch.eye(10, num_classes, device=device), len(test_x)
+        codes, n = torch.eye(10, num_classes, device=device), len(test_x)  # with no classes, codes of no columns
         size = sum(weight.numel() for weight in model.parameters())
         print(f"{dataset}: {len(x):,} images to train on, {n:,} to test on. {size:,} weights on {device}", flush=True)
 
@@ -585,7 +589,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
 # %% [markdown]
 # ## Drawing
 #
-# Now forget the encoder. Pick a `z` at random, say which digit, decode.
+# Now forget the encoder. Sample a `z`, say which digit, decode.
 #
 # `temperature` scales `z`. At 1 you get what the model believes handwriting is like; towards 0 the digits get cleaner
 # and more and more alike.
@@ -595,9 +599,9 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
 def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".", device=None):
     """Draws ten digits with the checkpoint in out_dir: 0 to 9 or, with flag=True, ten drawings of the digit `input`.
 
-    Saves them as CVAE_0-9.png or, say, CVAE_6.png, and returns them: [10, 1, 28, 28] in [0, 1], on the CPU. The same
-    seed gives the same z, None a new one. Raises FileNotFoundError without a checkpoint, ValueError for arguments or a
-    checkpoint that will not do, RuntimeError for a failed write.
+    Without flag=True `input` does not count. The images are saved as CVAE_0-9.png or, say, CVAE_6.png, and returned:
+    [10, 1, 28, 28] in [0, 1], on the CPU. The same seed gives the same z, None a new one. Raises FileNotFoundError
+    without a checkpoint, ValueError for arguments or a checkpoint that will not do, RuntimeError for a failed write.
     """
     check(flag=flag, temperature=temperature, out_dir=out_dir)
     check(**({"input": input} if flag else {}), **({} if seed is None else {"seed": seed}))
