@@ -12,7 +12,7 @@
 # %%
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.10", "torchvision>=0.25", "matplotlib>=3.9"]
+# dependencies = ["torch>=2.10", "torchvision>=0.25", "matplotlib>=3.10.8"]
 # ///
 import argparse
 import contextlib
