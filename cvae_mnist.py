@@ -191,8 +191,8 @@ def negative_elbo(model, x, c):
     Reconstruction is the binary cross-entropy over the 784 pixels, taken from the logits: the same number as from the
     sigmoid, but faster, and finite however sure the decoder is. KL: Kingma and Welling 2014, appendix B.
     """
-    mu, log_var = model.encode(x, c)
-    logits = model.decode_logits(model.reparameterize(mu, log_var), c)
+    mu, log_var = [part.float() for part in model.encode(x, c)]  # float32 whatever the products were made in
+    logits = model.decode_logits(model.reparameterize(mu, log_var), c).float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
     return reconstruction, kl
@@ -411,23 +411,21 @@ def describe(model, dataset, epochs):
 
 
 # %%
-@contextlib.contextmanager
-def own_settings(device):
-    """Inside, random numbers of our own and the fastest matrix products; afterwards, CPU and CUDA are as before."""
-    precision = torch.get_float32_matmul_precision()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            torch.set_float32_matmul_precision("medium")  # bfloat16 or TF32 inside, where the processor has them
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+def half_products(device):
+    """A context in which matrix products take bfloat16, half of float32's bits, on a CPU with instructions for that.
+
+    There they take half the time; the loss differs in the fourth digit. Weights, gradients and sums stay float32.
+    """
+    able = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast("cpu", torch.bfloat16, enabled=able and device.type == "cpu")
 
 
 @torch.no_grad()
 def average_loss(model, images, labels, codes):
     """The negative ELBO of images (uint8 [N, 784]), in nats per image."""
     batches = zip(images.split(1000), labels.split(1000), strict=True)
-    return sum(sum(negative_elbo(model, x / 255, codes[label])) for x, label in batches).item() / len(images)
+    with half_products(images.device):
+        return sum(sum(negative_elbo(model, x / 255, codes[label])) for x, label in batches).item() / len(images)
 
 
 @torch.no_grad()
@@ -477,7 +475,8 @@ def train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch):
     stride = math.ceil(len(batches) / 50)
     sums, seen = torch.zeros(2, device=x.device), 0
     for step, batch in enumerate(batches):
-        reconstruction, kl = negative_elbo(model, x[batch] / 255, codes[labels[batch]])
+        with half_products(x.device):
+            reconstruction, kl = negative_elbo(model, x[batch] / 255, codes[labels[batch]])
         optimizer.zero_grad()
         (reconstruction + kl).backward()
         optimizer.step()
@@ -515,7 +514,8 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
     hyperparameters |= dict(num_classes=num_classes, seed=seed, textbook=textbook)
     device, out_dir = pick_device(device), Path(out_dir).expanduser()
     path = out_dir / CHECKPOINT
-    with own_settings(device):
+    # Inside, random numbers of our own; afterwards, yours go on as if nothing had been.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = CVAE(784, h_dim, z_dim, num_classes)
         if not textbook:  # small weights and no biases to begin with: measured to end better

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,10 +76,10 @@ class Ours:
         return float(words[words.index("s") - 1]), float(words[words.index("test") + 1])
 
 
-def matrix_products():
+def matrix_products(dtype=torch.float32):
     """The matrix products of an epoch, forward and backward, and nothing else."""
     shapes = [(784 + 10, 600), (600, 50), (600, 50), (60, 600), (600, 784)]
-    layers = [(torch.randn(128, i), torch.randn(o, i), torch.randn(128, o)) for i, o in shapes]
+    layers = [[torch.randn(shape, dtype=dtype) for shape in ((128, i), (o, i), (128, o))] for i, o in shapes]
     for _ in range(469):
         for number, (x, weight, gradient) in enumerate(layers):
             x @ weight.T
@@ -95,13 +96,14 @@ def seconds(function):
 
 def speed(data_dir, rounds):
     textbook, ours, rows = Textbook(data_dir), Ours(data_dir), []
+    with cvae_mnist.half_products(torch.device("cpu")):
+        dtype = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype  # what cvae_mnist.py multiplies in on this machine
     for number in range(rounds + 1):  # the first round warms up
-        with cvae_mnist.own_settings(torch.device("cpu")):
-            fast_products = seconds(matrix_products)
-        row = [seconds(textbook.epoch), ours.epoch()[0], seconds(matrix_products), fast_products]
+        row = [seconds(textbook.epoch), ours.epoch()[0], seconds(matrix_products)]
+        row += [seconds(partial(matrix_products, dtype))]
         rows += [row] if number else []
         print(f"round {number}:", *(f"{value:.2f}" for value in row), "" if number else "(not counted)", flush=True)
-    names = ["textbook loop", "cvae_mnist.py", "bare matrix products, float32", "the same at cvae_mnist.py's precision"]
+    names = ["textbook loop", "cvae_mnist.py", "bare matrix products, float32", f"the same, {str(dtype).removeprefix('torch.')}"]
     print(f"\n| {rounds} epochs each, in turns | seconds per epoch, median (min to max) | times cvae_mnist.py's |")
     print("|---|---|---|")
     for column, name in enumerate(names):
