@@ -191,8 +191,8 @@ def negative_elbo(model, x, c):
     Reconstruction is the binary cross-entropy over the 784 pixels, taken from the logits: the same number as from the
     sigmoid, but faster, and finite however sure the decoder is. KL: Kingma and Welling 2014, appendix B.
     """
-    mu, log_var = [part.float() for part in model.encode(x, c)]  # float32 whatever the products were made in
-    logits = model.decode_logits(model.reparameterize(mu, log_var), c).float()
+    mu, log_var = [part.to(x.dtype) for part in model.encode(x, c)]  # float32, whatever the products were made in
+    logits = model.decode_logits(model.reparameterize(mu, log_var), c).to(x.dtype)
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
     return reconstruction, kl
@@ -604,7 +604,7 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
     without a checkpoint, ValueError for arguments or a checkpoint that will not do, RuntimeError for a failed write.
     """
     check(flag=flag, temperature=temperature, out_dir=out_dir)
-    check(**({"input": input} if flag else {}), **({} if seed is None else {"seed": seed}))
+    check(input=input if flag else 0, seed=0 if seed is None else seed)
     device = pick_device(device)
     checkpoint, model = load_checkpoint(out_dir)
     if flag and not model.num_classes:
@@ -638,7 +638,7 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
     28, 28] in [0, 1], on the CPU: the original, then 0 to 9. The plain VAE has no label to change: [rows, 2, 1, 28,
     28], the original and its reconstruction. Raises what inference_cvae raises, and RuntimeError for damaged data.
     """
-    check(data_dir=data_dir, out_dir=out_dir, **({} if indices is None else {"indices": indices}))
+    check(data_dir=data_dir, out_dir=out_dir, indices=[0] if indices is None else indices)
     device = pick_device(device)
     checkpoint, model = load_checkpoint(out_dir)
     path = Path(out_dir).expanduser() / "CVAE_styles.png"

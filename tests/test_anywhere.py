@@ -229,7 +229,7 @@ def state():
     return {
         "torch's random numbers": hashlib.md5(torch.get_rng_state().numpy().tobytes()).hexdigest(),
         "Python's random numbers": hash(random.getstate()),
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": (torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")),
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "timeout": socket.getdefaulttimeout(),

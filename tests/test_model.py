@@ -84,3 +84,51 @@ def test_average_loss_counts_every_image_once():
             weight.zero_()  # now every image costs 784 ln 2 nats, and the code nothing
     images, labels = torch.randint(256, (2345, 784), dtype=torch.uint8), torch.zeros(2345, dtype=torch.long)
     assert cvae_mnist.average_loss(model, images, labels, codes) == pytest.approx(784 * 0.693147, rel=1e-5)
+
+
+BFLOAT16, NOTHING = {"avx512_bf16": True}, {}  # what a processor can do
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """processor(BFLOAT16) pretends that this machine's processor can do that, and no more."""
+    return lambda able: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+
+
+def products(device="cpu"):
+    with cvae_mnist.half_products(torch.device(device)):
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+def test_products_are_halved_where_the_processor_can(processor, monkeypatch):
+    processor(BFLOAT16)
+    assert products() == torch.bfloat16 and products("cuda") == torch.float32
+    processor(NOTHING)
+    assert products() == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
+    assert products() == torch.float32
+
+
+def test_half_products_leave_the_loss_as_it_was(processor):
+    model, x, c = CVAE(), torch.rand(100, 784), torch.eye(10).repeat(10, 1)
+    losses = []
+    for able in (BFLOAT16, NOTHING):
+        processor(able)
+        torch.manual_seed(1)
+        with cvae_mnist.half_products(torch.device("cpu")):
+            losses.append(torch.stack(negative_elbo(model, x, c)))
+    half, full = losses
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    assert torch.allclose(half[0], full[0], rtol=1e-3) and torch.allclose(half[1], full[1], rtol=0.02)
+
+
+def test_half_products_train_as_well(processor, tmp_path, small):
+    losses = {}
+    for name, able in {"half": BFLOAT16, "full": NOTHING}.items():
+        processor(able)
+        cvae_mnist.train_cvae(out_dir=tmp_path / name, **small)
+        checkpoint, model = cvae_mnist.load_checkpoint(tmp_path / name)
+        losses[name] = checkpoint["history"]["test_loss"]
+        moments = [state["exp_avg"] for state in checkpoint["optimizer_state_dict"]["state"].values()]
+        assert {value.dtype for value in [*model.parameters(), *moments]} == {torch.float32}
+    assert losses["half"] != losses["full"] and losses["half"] == pytest.approx(losses["full"], rel=0.01)
