@@ -192,7 +192,7 @@ def negative_elbo(model, x, c):
     sigmoid, but faster, and finite however sure the decoder is. KL: Kingma and Welling 2014, appendix B.
     """
     mu, log_var = [part.to(x.dtype) for part in model.encode(x, c)]  # float32, whatever the products were made in
-    logits = model.decode_logits(model.reparameterize(mu, log_var), c).to(x.dtype)
+    logits = model.decode_logits(model.reparameterize(mu, log_var), c)
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
     return reconstruction, kl
