@@ -7,7 +7,7 @@
 #
 # Run the cells in order. The last one trains the model and draws with it, in minutes on a laptop without a GPU. The
 # same file is a script: `python cvae_mnist.py --help`. To learn, read the model, the loss, `train_epoch` and
-# `inference_cvae`, some sixty lines; the rest is there so that these can be trusted.
+# `inference_cvae`, some hundred lines; the rest is there so that these can be trusted.
 
 # %%
 # /// script
@@ -79,7 +79,8 @@ def built_in_digits(count, seed):
     images = []
     for part in choice.split(2000):
         # A random 2 x 2 matrix turns, slants and stretches in one; the third column shifts.
-        mean, spread = torch.tensor([[[0.95, 0.12, 0], [0, 0.85, 0]], [[0.13, 0.2, 0.06], [0.12, 0.08, 0.06]]])
+        mean = torch.tensor([[0.95, 0.12, 0], [0, 0.85, 0]])
+        spread = torch.tensor([[0.13, 0.2, 0.06], [0.12, 0.08, 0.06]])
         affine = mean + spread * torch.randn(len(part), 2, 3, generator=generator)
         bend = F.interpolate(0.07 * torch.randn(len(part), 2, 4, 4, generator=generator), size=28, mode="bicubic")
         where = F.affine_grid(affine, [len(part), 1, 28, 28], align_corners=False) + bend.permute(0, 2, 3, 1)
@@ -189,9 +190,10 @@ def negative_elbo(model, x, c):
     """The two parts of the loss, each summed over the batch, in nats: reconstruction and KL divergence.
 
     Reconstruction is the binary cross-entropy over the 784 pixels, taken from the logits: the same number as from the
-    sigmoid, but faster, and finite however sure the decoder is. KL: Kingma and Welling 2014, appendix B.
+    sigmoid, but faster, and finite however sure the decoder is. KL, in closed form for two normals:
+    Kingma and Welling 2014, appendix B.
     """
-    mu, log_var = [part.to(x.dtype) for part in model.encode(x, c)]  # float32, whatever the products were made in
+    mu, log_var = [part.to(x.dtype) for part in model.encode(x, c)]  # float32, even under half_products
     logits = model.decode_logits(model.reparameterize(mu, log_var), c)
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     kl = -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp())
@@ -309,7 +311,7 @@ def load_checkpoint(out_dir):
         check(num_classes=num_classes)
         if not is_finite(model):
             raise ValueError("NaN")
-    except Exception as error:  # not chained: to a file it distrusts, torch.load says how to run its code all the same
+    except Exception as error:  # `from None`: torch.load's own words say how to load unsafe files
         raise ValueError(
             f"{path} is damaged, or no CVAE for MNIST ({type(error).__name__}). Move it away and train again"
         ) from None
@@ -337,7 +339,7 @@ def save_grid(images, path, columns, title, captions=(), boxed=()):
     grid = make_grid(images, nrow=columns, padding=gap)[0].numpy()
     height, width = grid.shape
     margin = max(0, 200 - width) / 2  # the title needs room, too
-    figure = Figure(figsize=(3 * (width + 2 * margin) / 100, 3 * (height + 22) / 100))  # 3 x 3 pixels for each
+    figure = Figure(figsize=(3 * (width + 2 * margin) / 100, 3 * (height + 22) / 100))  # 3 x 3 for each pixel
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-margin, width + margin), ylim=(height, -22))
     axes.axis("off")
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, extent=(0, width, height, 0))
@@ -385,7 +387,7 @@ def open_windows(paths):
 
     for path in paths:
         figure = plt.figure(path.name)
-        if figure.canvas.required_interactive_framework is None:
+        if figure.canvas.required_interactive_framework is None:  # no screen
             return plt.close(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
@@ -405,12 +407,12 @@ def describe(model, dataset, epochs):
 # the way to it, which makes it remember mostly the last tenth of the run. It is what we test, save and return. It needs
 # no plan for how long the run will be, so a run can end, or go on, at any epoch.
 #
-# No epoch is faster than its matrix products. All the rest is kept small by doing less: images stay on the device, the
+# No epoch is faster than its matrix products. All the rest is cut down by doing less: images stay on the device, the
 # loss is read fifty times an epoch and not at every step, and a fused Adam goes over memory once, not several times.
 #
 # Look at `cvae_results/epoch_10.png`, `epoch_20.png` and so on: each row keeps its `z`, so you see the same ten styles
-# grow clear. Then look at `CVAE_loss.png`. Reconstruction falls fast; KL rises at first, as the model finds that a
-# longer code is worth its price. The shaded gap is overfitting: what is learned by heart and does not help with others.
+# grow clear. Then look at `CVAE_loss.png`. Reconstruction falls fast; KL rises at first, as the model finds that
+# saying more is worth its price. The shaded gap is overfitting: what is learned by heart and does not help with others.
 
 
 # %%
@@ -425,11 +427,11 @@ def half_products(device):
 
 
 @torch.no_grad()
-def average_loss(model, images, labels, codes):
+def average_loss(model, images, labels, one_hot):
     """The negative ELBO of images (uint8 [N, 784]), in nats per image."""
     batches = zip(images.split(1000), labels.split(1000), strict=True)
     with half_products(images.device):
-        return sum(sum(negative_elbo(model, x / 255, codes[label])) for x, label in batches).item() / len(images)
+        return sum(sum(negative_elbo(model, x / 255, one_hot[label])) for x, label in batches).item() / len(images)
 
 
 @torch.no_grad()
@@ -473,7 +475,7 @@ def restore(path, hyperparameters, model, average, optimizer, history):
         raise ValueError(f"{path} is damaged: its training state does not fit. Move it away and train again") from error
 
 
-def train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch):
+def train_epoch(model, average, optimizer, x, labels, one_hot, batch_size, epoch):
     """One pass over the images in random order; returns reconstruction and KL, in nats per image."""
     batches = torch.randperm(len(x)).to(x.device).split(batch_size)
     stride = math.ceil(len(batches) / 50)
@@ -481,7 +483,7 @@ def train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch):
     for step, batch in enumerate(batches):
         with half_products(x.device):
             # index_select is x[batch], but it copies row by row, not byte by byte
-            reconstruction, kl = negative_elbo(model, x.index_select(0, batch) / 255, codes[labels[batch]])
+            reconstruction, kl = negative_elbo(model, x.index_select(0, batch) / 255, one_hot[labels[batch]])
         optimizer.zero_grad()
         (reconstruction + kl).backward()
         optimizer.step()
@@ -519,14 +521,16 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
     hyperparameters |= dict(num_classes=num_classes, seed=seed, textbook=textbook)
     device, out_dir = pick_device(device), Path(out_dir).expanduser()
     path = out_dir / CHECKPOINT
-    # Inside, random numbers of our own; afterwards, yours go on as if nothing had been.
+    # Inside, random numbers of our own; afterwards, those of the CPU and of CUDA go on as before.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = CVAE(784, h_dim, z_dim, num_classes)
-        if not textbook:  # small weights and no biases to begin with: measured to end better
-            for weight in model.parameters():
-                nn.init.normal_(weight, std=0.02) if weight.dim() > 1 else nn.init.zeros_(weight)
-        average = model.to(device) if textbook else copy.deepcopy(model.to(device))
+        if not textbook:  # small weights and zero biases to begin with: measured to end better
+            for layer in model.children():
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        model.to(device)
+        average = model if textbook else copy.deepcopy(model)
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
         history = {key: [] for key in ("train_loss", "reconstruction", "kl", "train_loss_after", "test_loss")}
         trained_on = restore(path, hyperparameters, model, average, optimizer, history) if resume else None
@@ -540,9 +544,9 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
         dataset, *sets = load_digits(data_dir)
         if resume and dataset != trained_on:
             raise ValueError(f"{path} was trained on {trained_on}, this would be {dataset}. Train anew without resume")
-        # The images stay bytes, 47 MB in all, until their batch is due. Row d of `codes` is the one-hot code of d.
+        # The images stay bytes, 55 MB in all, until their batch is due. Row d of `one_hot` stands for the digit d.
         (x, labels), (test_x, test_labels) = [(part.flatten(1).to(device), digit.to(device)) for part, digit in sets]
-        codes, n = torch.eye(10, num_classes, device=device), len(test_x)  # with no classes, codes of no columns
+        one_hot, n = torch.eye(10, num_classes, device=device), len(test_x)  # with no classes, rows of no columns
         size = sum(weight.numel() for weight in model.parameters())
         print(f"{dataset}: {len(x):,} images to train on, {n:,} to test on. {size:,} weights on {device}", flush=True)
 
@@ -551,10 +555,10 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter()
                 torch.manual_seed(seed * 100_003 + epoch)  # so that resuming at an epoch needs no saved random state
-                reconstruction, kl = train_epoch(model, average, optimizer, x, labels, codes, batch_size, epoch)
+                reconstruction, kl = train_epoch(model, average, optimizer, x, labels, one_hot, batch_size, epoch)
                 loss = reconstruction + kl
-                after = average_loss(average, x[:n], labels[:n], codes)
-                test_loss = average_loss(average, test_x, test_labels, codes)
+                after = average_loss(average, x[:n], labels[:n], one_hot)
+                test_loss = average_loss(average, test_x, test_labels, one_hot)
                 if not (is_finite(model) and math.isfinite(loss + after + test_loss)):
                     raise RuntimeError(
                         f"The loss is no longer finite in epoch {epoch}: learning_rate={learning_rate} is probably too "
@@ -618,7 +622,7 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
     make_folder(path.parent)
     digits = [int(input)] * 10 if flag else list(range(10))
     generator = torch.Generator()
-    generator.manual_seed(generator.seed() if seed is None else int(seed))
+    generator.seed() if seed is None else generator.manual_seed(int(seed))
     z = float(temperature) * torch.randn(10, model.z_dim, generator=generator)
     images = draw(model.to(device), z, torch.eye(10, model.num_classes)[digits])
     title = describe(model, checkpoint.get("dataset", "unnamed data"), checkpoint.get("epoch", "?"))
@@ -656,11 +660,12 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
     rows = [labels.tolist().index(digit) for digit in range(10)] if indices is None else list(map(int, indices))
     if max(rows) >= len(images):
         raise ValueError(f"indices={indices!r} will not do: there are {len(images)} test images")
-    x, labels, columns = images[rows].view(-1, 1, 28, 28) / 255, labels[rows], max(model.num_classes, 1)
+    x, labels = images[rows].view(-1, 1, 28, 28) / 255, labels[rows]
+    columns = max(model.num_classes, 1)
     with torch.no_grad():
         mu, _ = model.encode(x, torch.eye(10, model.num_classes)[labels])
-    codes = torch.eye(columns, model.num_classes).repeat(len(rows), 1)
-    redrawn = draw(model.to(device), mu.repeat_interleave(columns, 0), codes).view(len(rows), columns, 1, 28, 28)
+    c = torch.eye(columns, model.num_classes).repeat(len(rows), 1)
+    redrawn = draw(model.to(device), mu.repeat_interleave(columns, 0), c).view(len(rows), columns, 1, 28, 28)
     images = torch.cat([x.unsqueeze(1), redrawn], dim=1)
     boxed = [row * (1 + columns) + 1 + label % columns for row, label in enumerate(labels.tolist())]
     captions = ["original", *range(10)] if model.num_classes else ["original", "redrawn"]
@@ -673,8 +678,8 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
 # %% [markdown]
 # ## The whole job
 #
-# In a notebook, this last cell trains the model as it comes and draws with it. Afterwards call `train_cvae(epochs=5)`,
-# `inference_cvae(input=3, flag=True)` or `restyle_cvae([7, 8, 9])` as often as you like.
+# In a notebook, this last cell trains with the defaults and draws. Afterwards call `inference_cvae(input=3, flag=True)`
+# or `restyle_cvae([7, 8, 9])` as often as you like, or train another: `train_cvae(epochs=5, out_dir="short")`.
 
 
 # %%

@@ -114,7 +114,8 @@ def speed(data_dir, rounds):
         row = [measure() for measure in columns.values()]
         rows += [row] if number else []
         print(f"round {number}:", *(f"{value:.2f}" for value in row), "" if number else "(not counted)", flush=True)
-    print(f"\n| {rounds} rounds, in turns | seconds per epoch, median (min to max) | times cvae_mnist.py's |")
+    print(f"\n| {rounds} rounds, in turns | seconds per epoch, median (min to max) |", end="")
+    print(" times cvae_mnist.py's, median of the rounds |")
     print("|---|---|---|")
     for column, name in enumerate(columns):
         times = [row[column] for row in rows]
