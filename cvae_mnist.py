@@ -76,11 +76,11 @@ def built_in_digits(count, seed):
 
     generator = torch.Generator().manual_seed(seed)
     choice = torch.randint(len(glyphs), [count], generator=generator)
+    # A random 2 x 2 matrix turns, slants and stretches in one; the third column shifts.
+    mean = torch.tensor([[0.95, 0.12, 0], [0, 0.85, 0]])
+    spread = torch.tensor([[0.13, 0.2, 0.06], [0.12, 0.08, 0.06]])
     images = []
     for part in choice.split(2000):
-        # A random 2 x 2 matrix turns, slants and stretches in one; the third column shifts.
-        mean = torch.tensor([[0.95, 0.12, 0], [0, 0.85, 0]])
-        spread = torch.tensor([[0.13, 0.2, 0.06], [0.12, 0.08, 0.06]])
         affine = mean + spread * torch.randn(len(part), 2, 3, generator=generator)
         bend = F.interpolate(0.07 * torch.randn(len(part), 2, 4, 4, generator=generator), size=28, mode="bicubic")
         where = F.affine_grid(affine, [len(part), 1, 28, 28], align_corners=False) + bend.permute(0, 2, 3, 1)
@@ -420,7 +420,7 @@ def half_products(device):
     """A context in which matrix products round what they multiply to bfloat16, on a CPU with instructions for that.
 
     There they take half the time, and the loss of a trained model changes by less than a ten-thousandth. Weights,
-    gradients and Adam's state stay float32.
+    their gradients and Adam's state stay float32. An older PyTorch does not tell what the CPU can: no, then.
     """
     able = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return torch.autocast("cpu", torch.bfloat16, enabled=able and device.type == "cpu")
@@ -490,11 +490,10 @@ def train_epoch(model, average, optimizer, x, labels, one_hot, batch_size, epoch
         sums += torch.stack([reconstruction, kl]).detach()
         seen += len(batch)
         if step % stride == 0:  # some fifty times an epoch is enough to average, and to ask the device how it goes
-            if average is not model:
-                count = (epoch - 1) * math.ceil(len(batches) / stride) + step // stride
-                with torch.no_grad():
-                    for kept, moving in zip(average.parameters(), model.parameters(), strict=True):
-                        kept.lerp_(moving, 10 / (10 + count))
+            count = (epoch - 1) * math.ceil(len(batches) / stride) + step // stride
+            with torch.no_grad():
+                for kept, moving in zip(average.parameters(), model.parameters(), strict=True):
+                    kept.lerp_(moving, 10 / (10 + count))
             loss = sums.sum().item() / seen
             if not math.isfinite(loss):
                 break
@@ -515,6 +514,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
     """
     check(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, h_dim=h_dim, z_dim=z_dim)
     check(num_classes=num_classes, data_dir=data_dir, out_dir=out_dir, seed=seed, resume=resume, textbook=textbook)
+    # The checkpoint holds plain numbers only, and these may be NumPy's.
     epochs, batch_size, h_dim, z_dim = int(epochs), int(batch_size), int(h_dim), int(z_dim)
     num_classes, seed, learning_rate = int(num_classes), int(seed), float(learning_rate)
     hyperparameters = dict(batch_size=batch_size, learning_rate=learning_rate, h_dim=h_dim, z_dim=z_dim)
@@ -530,7 +530,7 @@ def train_cvae(epochs=100, batch_size=128, learning_rate=1.5e-3, h_dim=600, z_di
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         model.to(device)
-        average = model if textbook else copy.deepcopy(model)
+        average = model if textbook else copy.deepcopy(model)  # averaging a model with itself changes nothing
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
         history = {key: [] for key in ("train_loss", "reconstruction", "kl", "train_loss_after", "test_loss")}
         trained_on = restore(path, hyperparameters, model, average, optimizer, history) if resume else None
