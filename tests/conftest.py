@@ -5,22 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cvae_mnist.py"
 sys.path.insert(0, str(ROOT))
-import cvae_mnist  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
+import cvae_mnist  # noqa: E402, I001, before torch, as users import it
+import torch  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count()))  # small models: more threads only get into each other's way
 
 
 def write_mnist(folder, training, test):
-    """Writes (images, labels) pairs as MNIST's four files, in torchvision's layout."""
+    """Writes (images [N, 784], labels [N]) pairs as MNIST's four files, in torchvision's layout."""
     raw = Path(folder, "MNIST", "raw")
     raw.mkdir(parents=True, exist_ok=True)
     for part, (images, labels) in ("train", training), ("t10k", test):
-        header = struct.pack(">IIII", 2051, *images.shape)
+        header = struct.pack(">IIII", 2051, len(images), 28, 28)
         Path(raw, f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
         header = struct.pack(">II", 2049, len(labels))
         Path(raw, f"{part}-labels-idx1-ubyte").write_bytes(header + labels.to(torch.uint8).numpy().tobytes())

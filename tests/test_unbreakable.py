@@ -1,6 +1,5 @@
 """What can go wrong and must not do harm: kills, full disks, Ctrl-C, strangers' files, bad arguments, bad data."""
 
-import copy
 import errno
 import math
 import multiprocessing
@@ -123,12 +122,13 @@ def strays(folder):
 
 
 def break_training(monkeypatch, epoch, breakage):
-    """From the epoch on, train_epoch's model and result go through breakage."""
+    """From the epoch on, breakage(model, average) follows train_epoch."""
     train_epoch = cvae_mnist.train_epoch
 
-    def broken(model, *arguments):
-        result = train_epoch(model, *arguments)
-        return breakage(model, result) if arguments[-1] >= epoch else result
+    def broken(model, average, *arguments):
+        train_epoch(model, average, *arguments)
+        if arguments[-1] >= epoch:
+            breakage(model, average)
 
     monkeypatch.setattr(cvae_mnist, "train_epoch", broken)
 
@@ -140,7 +140,7 @@ def interrupt(*_):
 # Resuming
 
 
-@pytest.mark.parametrize("kind", [{}, {"textbook": True}, {"num_classes": 0}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"num_classes": 0}], ids=str)
 def test_stopping_and_resuming_changes_no_bit(tiny, tmp_path, kind):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = cvae_mnist.train_cvae(out_dir=whole, **tiny, **kind)
@@ -188,18 +188,15 @@ def test_resuming_to_fewer_epochs_is_refused(tiny, done):
     assert load(done)["epoch"] == 4
 
 
-def test_resuming_with_other_hyperparameters_names_all_of_them(tiny, done, no_data):
-    asked = dict(batch_size=64, learning_rate=0.25, h_dim=17, z_dim=5, num_classes=0, seed=7, textbook=True)
+def test_resuming_with_other_hyperparameters_names_them(tiny, done, no_data):
+    asked = dict(batch_size=64, learning_rate=0.25, h_dim=17, z_dim=5, num_classes=0, seed=7)
     before = (done / CHECKPOINT).read_bytes()
     with pytest.raises(ValueError, match=re.escape(str(done / CHECKPOINT))) as error:
         cvae_mnist.train_cvae(out_dir=done, resume=True, **{**tiny, **asked})
-    was = load(done)["hyperparameters"]
-    assert set(was) == set(asked)
-    for name, value in asked.items():
-        assert f"{name}={was[name]!r}, not {value!r}" in str(error.value)
-    with pytest.raises(ValueError, match="seed=0, not 7") as error:
-        cvae_mnist.train_cvae(out_dir=done, resume=True, **tiny, seed=7)
-    assert "z_dim" not in str(error.value)
+    assert f"{load(done)['hyperparameters']}, not {asked}" in str(error.value)
+    for name, value in asked.items():  # each of them alone
+        with pytest.raises(cvae_mnist.UserError, match=f"'{name}': {value}"):
+            cvae_mnist.train_cvae(out_dir=done, resume=True, **{**tiny, name: value})
     assert (done / CHECKPOINT).read_bytes() == before
 
 
@@ -213,7 +210,7 @@ def test_resuming_on_another_data_set_is_refused(tiny, done):
 @pytest.mark.parametrize("call", ["train_cvae", "inference_cvae", "restyle_cvae"])
 def test_without_a_checkpoint_the_error_says_how_to_train(call, tmp_path, no_data):
     options = {"resume": True} if call == "train_cvae" else {}
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / CHECKPOINT))) as error:
+    with pytest.raises(cvae_mnist.UserError, match=re.escape(str(tmp_path / CHECKPOINT))) as error:
         getattr(cvae_mnist, call)(out_dir=tmp_path, **options)
     assert "train_cvae()" in str(error.value) and "python cvae_mnist.py train" in str(error.value)
     assert not any(tmp_path.iterdir())
@@ -264,7 +261,8 @@ def test_a_full_disk_keeps_the_checkpoint(tiny, straight, tmp_path):
         out_dir = shutil.copytree(straight, disk / "out")
         free = shutil.disk_usage(disk).free - 100_000  # room for a quarter of a checkpoint
         (disk / "filler").write_bytes(bytes(free))
-        with pytest.raises(RuntimeError, match=f"{re.escape(str(out_dir / CHECKPOINT))} could not be written") as error:
+        path = re.escape(str(out_dir / CHECKPOINT))
+        with pytest.raises(cvae_mnist.UserError, match=f"{path} could not be written") as error:
             cvae_mnist.train_cvae(out_dir=out_dir, resume=True, **{**tiny, "epochs": 6})
         assert os.strerror(errno.ENOSPC) in str(error.value)
         assert same(load(out_dir), load(straight)) and strays(out_dir) == []
@@ -275,22 +273,21 @@ def test_a_full_disk_keeps_the_checkpoint(tiny, straight, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("cause", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    ("call", "name"),
-    [("train_cvae", CHECKPOINT), ("inference_cvae", "CVAE_0-9.png"), ("restyle_cvae", "CVAE_styles.png")],
+    ("cause", "call", "name"),
+    [
+        ("fsync", "train_cvae", CHECKPOINT),
+        ("replace", "train_cvae", CHECKPOINT),
+        ("fsync", "inference_cvae", "CVAE_0-9.png"),
+    ],
 )
 def test_a_failed_write_names_the_file_and_leaves_no_stray(tiny, straight, done, monkeypatch, cause, call, name):
     def fail(*_):
         raise OSError(errno.EIO, "the disk is on fire")
 
-    options = {
-        "train_cvae": {**tiny, "epochs": 6, "resume": True},
-        "inference_cvae": {},
-        "restyle_cvae": {"data_dir": tiny["data_dir"]},
-    }[call]
+    options = {**tiny, "epochs": 6, "resume": True} if call == "train_cvae" else {}
     monkeypatch.setattr(os, cause, fail)
-    with pytest.raises(RuntimeError, match=f"{re.escape(str(done / name))} could not be written.*on fire"):
+    with pytest.raises(cvae_mnist.UserError, match=f"{re.escape(str(done / name))} could not be written.*on fire"):
         getattr(cvae_mnist, call)(out_dir=done, **options)
     assert same(load(done), load(straight)) and strays(done) == []
 
@@ -299,7 +296,7 @@ def test_a_failed_write_names_the_file_and_leaves_no_stray(tiny, straight, done,
 
 
 @POSIX
-def test_ctrl_c_on_the_command_line_says_how_to_go_on(few, tmp_path):
+def test_ctrl_c_on_the_command_line_ends_without_a_traceback_and_can_be_resumed(few, tmp_path):
     command = [sys.executable, str(SCRIPT), "train", "--epochs", str(LONG), "--h-dim", "16", "--z-dim", "3"]
     command += ["--data-dir", str(few), "--out-dir", str(tmp_path), "--device", "cpu"]
     listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731, background jobs do not
@@ -307,7 +304,9 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(few, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen, cwd=tmp_path
     )
     try:
-        while not process.stdout.readline().startswith("epoch 1/"):
+        lines = []
+        while not lines or not lines[-1].startswith("epoch 1/"):
+            lines.append(process.stdout.readline())
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -315,26 +314,18 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(few, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    last = errors.splitlines()[-1]
-    assert f"epoch {load(tmp_path)['epoch']};" in last and "--resume" in last and str(tmp_path / CHECKPOINT) in last
-    assert strays(tmp_path) == []
+    assert "--resume" in lines[1] and "saved" in lines[1]  # said from the beginning
+    assert load(tmp_path)["epoch"] >= 1
 
 
-def test_ctrl_c_from_python_says_how_to_go_on(tiny, straight, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_end(tiny, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         break_training(patch, 2, interrupt)
-        with pytest.raises(KeyboardInterrupt, match=r"epoch 1;.*resume=True"):
+        with pytest.raises(KeyboardInterrupt):
             cvae_mnist.train_cvae(out_dir=tmp_path, **tiny)
     assert load(tmp_path)["epoch"] == 1
     cvae_mnist.train_cvae(out_dir=tmp_path, resume=True, **tiny)
     assert same(load(tmp_path), load(straight))
-
-
-def test_ctrl_c_in_the_first_epoch_promises_no_checkpoint(tiny, tmp_path, monkeypatch):
-    break_training(monkeypatch, 1, interrupt)
-    with pytest.raises(KeyboardInterrupt, match="[Nn]o epoch") as stop:
-        cvae_mnist.train_cvae(out_dir=tmp_path, **tiny)
-    assert "resume" not in str(stop.value) and not (tmp_path / CHECKPOINT).exists()
 
 
 # Checkpoints that are none
@@ -368,38 +359,35 @@ def with_weights(path, change):
 DAMAGE = {
     "stranger's code": lambda path: torch.save({**load(path.parent), "extra": Mine()}, path),
     "stranger's pickle": lambda path: pickled(path, Mine()),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "end missing": lambda path: path.write_bytes(path.read_bytes()[:-10]),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<html><body>404 Not Found</body></html>\n"),
-    "noise": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
     "list": lambda path: torch.save([1, 2, 3], path),
-    "number": lambda path: torch.save(3, path),
     "other dict": lambda path: torch.save({"epoch": 3}, path),
-    "bare weights": lambda path: torch.save(load(path.parent)["model_state_dict"], path),
-    "weights that are a list": lambda path: with_weights(path, lambda weights: list(weights.values())),
     "other model": lambda path: with_weights(path, lambda _: torch.nn.Linear(784, 10).state_dict()),
     "other images": lambda path: with_weights(path, lambda _: cvae_mnist.CVAE(900, 16, 3).state_dict()),
     "other classes": lambda path: with_weights(path, lambda _: cvae_mnist.CVAE(784, 16, 3, 26).state_dict()),
     "weight missing": lambda path: with_weights(path, lambda weights: without(weights, "fc5.bias")),
-    "sizes that disagree": lambda path: with_weights(path, lambda weights: {**weights, "fc4.bias": torch.zeros(5)}),
     "NaN": lambda path: with_weights(path, lambda weights: {**weights, "fc3.bias": torch.full([3], math.nan)}),
-    "infinity": lambda path: with_weights(path, lambda weights: {**weights, "fc3.bias": torch.full([3], math.inf)}),
     "folder": folder_instead,
 }
 
 
-@pytest.mark.parametrize("call", ["train_cvae", "inference_cvae", "restyle_cvae"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_checkpoint_that_is_none_is_one_clear_error(tiny, done, tmp_path, monkeypatch, no_data, damage, call):
+def test_a_checkpoint_that_is_none_is_one_clear_error(tiny, done, tmp_path, monkeypatch, no_data, damage):
     monkeypatch.chdir(tmp_path)
     DAMAGE[damage](done / CHECKPOINT)
     before = sorted(tmp_path.rglob("*"))
-    options = {"train_cvae": {**tiny, "resume": True}, "restyle_cvae": {"data_dir": tiny["data_dir"]}}.get(call, {})
-    with pytest.raises(ValueError, match=re.escape(str(done / CHECKPOINT))) as error:
-        getattr(cvae_mnist, call)(out_dir=done, **options)
-    assert "\n" not in str(error.value)
-    assert "weights_only" not in "".join(traceback.format_exception(error.value))
+    for call in (
+        lambda: cvae_mnist.train_cvae(out_dir=done, resume=True, **tiny),
+        lambda: cvae_mnist.inference_cvae(out_dir=done),
+        lambda: cvae_mnist.restyle_cvae(out_dir=done, data_dir=tiny["data_dir"]),
+        lambda: cvae_mnist.load_checkpoint(done),
+    ):
+        with pytest.raises(cvae_mnist.UserError, match=re.escape(str(done / CHECKPOINT))) as error:
+            call()
+        assert "\n" not in str(error.value)
+        assert "weights_only" not in "".join(traceback.format_exception(error.value))
     assert sorted(tmp_path.rglob("*")) == before  # above all, not the file that a stranger's code would write
 
 
@@ -420,116 +408,48 @@ def test_a_checkpoint_of_the_tutorials_listing_can_be_drawn_from_but_not_resumed
 
 
 def test_a_checkpoint_of_the_tutorials_listing_can_be_restyled(tiny, done):
-    torch.save(without(load(done), "dataset", "history", "hyperparameters", "training_state_dict"), done / CHECKPOINT)
+    torch.save({"model_state_dict": load(done)["model_state_dict"]}, done / CHECKPOINT)
     assert cvae_mnist.restyle_cvae([0], data_dir=tiny["data_dir"], out_dir=done).shape == (1, 11, 1, 28, 28)
-
-
-def change(*route):
-    """Replaces what the keys of route but the last lead to by that last."""
-    *keys, last, value = route
-
-    def damage(checkpoint):
-        for key in keys:
-            checkpoint = checkpoint[key]
-        checkpoint[last] = value
-
-    return damage
-
-
-def remove(*route):
-    *keys, last = route
-
-    def damage(checkpoint):
-        for key in keys:
-            checkpoint = checkpoint[key]
-        del checkpoint[last]
-
-    return damage
-
-
-TRAINING_DAMAGE = {
-    "no training weights": remove("training_state_dict"),
-    "training weights a list": change("training_state_dict", [1.0]),
-    "a training weight missing": remove("training_state_dict", "fc1.bias"),
-    "a training weight of another size": change("training_state_dict", "fc1.bias", torch.zeros(3)),
-    "a training weight NaN": change("training_state_dict", "fc1.bias", torch.full([16], math.nan)),
-    "no optimizer": remove("optimizer_state_dict"),
-    "optimizer a word": change("optimizer_state_dict", "adam"),
-    "no optimizer state": change("optimizer_state_dict", "state", {}),
-    "optimizer state of one weight missing": remove("optimizer_state_dict", "state", 3),
-    "no param_groups": remove("optimizer_state_dict", "param_groups"),
-    "a momentum of another size": change("optimizer_state_dict", "state", 1, "exp_avg", torch.zeros(3)),
-    "a momentum NaN": change("optimizer_state_dict", "state", 1, "exp_avg", torch.full([16], math.nan)),
-    "no second moment": remove("optimizer_state_dict", "state", 1, "exp_avg_sq"),
-    "a second moment of another size": change("optimizer_state_dict", "state", 1, "exp_avg_sq", torch.zeros(3)),
-    "a second moment NaN": change("optimizer_state_dict", "state", 1, "exp_avg_sq", torch.full([16], math.nan)),
-    "no step": remove("optimizer_state_dict", "state", 1, "step"),
-    "no history": remove("history"),
-    "history a list": change("history", [1.0, 2.0, 3.0, 4.0]),
-    "history empty": change("history", {}),
-    "a loss missing": remove("history", "kl"),
-    "train_loss missing": remove("history", "train_loss"),
-    "a loss too short": change("history", "kl", [1.0]),
-    "a loss of words": change("history", "kl", ["high", "lower", "low", "lowest"]),
-    "another epoch": change("epoch", 7),
-    "no epoch": remove("epoch"),
-    "no data set": remove("dataset"),
-    "no hyperparameters": remove("hyperparameters"),
-    "hyperparameters a list": change("hyperparameters", [1]),
-}
-
-
-@pytest.mark.parametrize("damage", TRAINING_DAMAGE)
-def test_a_damaged_training_state_is_refused_before_training(tiny, done, monkeypatch, damage):
-    checkpoint = copy.deepcopy(load(done))
-    TRAINING_DAMAGE[damage](checkpoint)
-    torch.save(checkpoint, done / CHECKPOINT)
-    monkeypatch.setattr(cvae_mnist, "train_epoch", lambda *_: pytest.fail("trained"))
-    with pytest.raises(ValueError, match=re.escape(str(done / CHECKPOINT))):
-        cvae_mnist.train_cvae(out_dir=done, resume=True, **{**tiny, "epochs": 5})
 
 
 # Bad arguments
 
-NUMBERS = [math.nan, math.inf, -math.inf, -1, True, None, "6", [6]]
 BAD_ARGUMENTS = {
     "train_cvae": {
-        "epochs": [0, 1.5, 2.0, *NUMBERS],
-        "batch_size": [0, 1.5, *NUMBERS],
-        "h_dim": [0, 1.5, *NUMBERS],
-        "z_dim": [0, 1.5, *NUMBERS],
-        "learning_rate": [0, 0.0, *NUMBERS],
-        "num_classes": [1, 9, 11, 10.0, False, *NUMBERS],
-        "seed": [2**32, 1.5, *NUMBERS],
-        "resume": [1, 0, None, "yes"],
-        "textbook": [1, 0, None, "yes"],
-        "device": ["gpu", "", "meta", "cuda:99", 1.5, "cpu, please"],
-        "data_dir": [None, 3, True],
-        "out_dir": [None, 3, True],
+        "epochs": [0, 1.5, 2.0, math.nan, math.inf, True, None, "6", [6], 10**6 + 1],
+        "batch_size": [0, None],
+        "h_dim": [0],
+        "z_dim": [-1],
+        "learning_rate": [0, math.nan, math.inf, -1, True, None, "6", [6]],
+        "num_classes": [1, 9, 11, 10.0, False, None],
+        "seed": [2**32, -1, 1.5, None],
+        "resume": [1, None, "yes"],
+        "device": ["gpu", "", "meta", "cuda:99", 1.5],
+        "data_dir": [None, 3],
+        "out_dir": [None, 3],
     },
     "inference_cvae": {
-        "input": [10, 12, 5.5, 6.0, *NUMBERS],
-        "flag": [1, 0, None, "yes"],
-        "temperature": NUMBERS,
-        "seed": [2**32, 1.5, *[value for value in NUMBERS if value is not None]],
-        "device": ["gpu", "meta", "cuda:99"],
-        "out_dir": [None, 3, True],
+        "input": [10, -1, 6.0, None, "6"],
+        "flag": [1, None, "yes"],
+        "temperature": [math.nan, math.inf, -1, True, None, "6"],
+        "seed": [2**32, -1, 1.5],
+        "device": ["meta"],
+        "out_dir": [None],
     },
     "restyle_cvae": {
-        "indices": [[], [-1], [1.5], [True], ["3"], [math.nan], [None], [0] * 101, 5, "5", True],
-        "device": ["gpu", "meta", "cuda:99"],
-        "data_dir": [None, 3, True],
-        "out_dir": [None, 3, True],
+        "indices": [[], [-1], [1.5], [True], ["3"], [None], [0] * 101, 5, "5"],
+        "device": ["meta"],
+        "data_dir": [None],
+        "out_dir": [None],
     },
 }
 if not torch.cuda.is_available():
-    for arguments in BAD_ARGUMENTS.values():
-        arguments["device"].append("cuda")
+    BAD_ARGUMENTS["train_cvae"]["device"].append("cuda")
 
 
 def refuse(call, name, value, **others):
     options = {"flag": True} if name == "input" else {}
-    with pytest.raises(ValueError, match=rf"^{name}\b") as error:
+    with pytest.raises(cvae_mnist.UserError, match=rf"^{name}\b") as error:
         getattr(cvae_mnist, call)(**{**options, **others, name: value})
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -579,8 +499,7 @@ def test_a_folder_that_turned_read_only_is_refused_before_any_work(done, monkeyp
         raise OSError(errno.EROFS, "read-only, sorry")
 
     monkeypatch.setattr("tempfile.TemporaryFile", fail)
-    for call in ("train_cvae", "inference_cvae", "restyle_cvae"):
-        assert "sorry" in refuse(call, "out_dir", done)
+    assert "sorry" in refuse("train_cvae", "out_dir", done)
 
 
 def test_a_file_where_the_grids_go_is_found_before_training(tiny, tmp_path, no_data):
@@ -599,7 +518,7 @@ def test_a_plain_vae_draws_no_digit_on_request(tmp_path):
     refuse("inference_cvae", "flag", True, out_dir=tmp_path)
 
 
-@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("whole", [np.int64, np.uint8])
 def test_whole_numbers_from_numpy_are_whole_numbers(tiny, tmp_path, whole):
     numbers = dict(epochs=1, batch_size=32, h_dim=16, z_dim=3, num_classes=10, seed=200)
     cvae_mnist.train_cvae(out_dir=tmp_path / "a", **{**tiny, **numbers})
@@ -637,35 +556,15 @@ def command(monkeypatch, *arguments, script=SCRIPT):
     ("arguments", "named"),
     [
         ("train --epochs 0", "epochs"),
-        ("train --epochs 1.5", "--epochs"),
-        ("train --epochs many", "--epochs"),
-        ("train --epochs", "--epochs"),
-        ("train --batch-size -1", "batch"),
         ("--learning-rate nan", "learning_rate"),
-        ("--learning-rate inf", "learning_rate"),
         ("--num-classes 5", "num_classes"),
         ("--seed -1", "seed"),
-        ("--digit 12", "digit"),
-        ("--digit six", "--digit"),
+        ("--digit 12", "input"),
         ("--temperature nan", "temperature"),
-        ("--temperature -1", "temperature"),
         ("--device nonsense", "device"),
-        ("--device meta", "device"),
-        ("--num-classes 0 --digit 3", "--digit"),
         ("train --resume", CHECKPOINT),
         ("draw", CHECKPOINT),
         ("restyle", CHECKPOINT),
-        ("fly", "fly"),
-        ("train fly", "fly"),
-        ("--fast", "--fast"),
-        ("train --epoch 3", "--epoch"),
-        ("train --digit 3", "--digit"),
-        ("train restyle --temperature 1", "--temperature"),
-        ("draw --epochs 3", "--epochs"),
-        ("draw --resume", "--resume"),
-        ("draw --data-dir x", "--data-dir"),
-        ("restyle --seed 1", "--seed"),
-        ("restyle draw --z-dim 3", "--z-dim"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_no_harm(tmp_path, monkeypatch, no_data, capfd, arguments, named):
@@ -677,45 +576,66 @@ def test_what_cannot_be_done_is_one_line_and_no_harm(tmp_path, monkeypatch, no_d
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--out-dir", "--data-dir"])
-def test_a_file_is_no_folder_on_the_command_line(tmp_path, monkeypatch, no_data, option):
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("train --epochs many", "--epochs"),
+        ("train --epochs", "--epochs"),
+        ("--num-classes 0 --digit 3", "--digit"),
+        ("fly", "fly"),
+        ("train fly", "fly"),
+        ("--fast", "--fast"),
+        ("train --epoch 3", "--epoch"),
+        ("train --digit 3", "--digit"),
+        ("train restyle --temperature 1", "--temperature"),
+        ("draw --data-dir x", "--data-dir"),
+        ("restyle --seed 1", "--seed"),
+    ],
+)
+def test_a_command_that_makes_no_sense_shows_the_usage(tmp_path, monkeypatch, no_data, capfd, arguments, named):
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("mine")
-    message = command(monkeypatch, option, "file")
-    assert option.strip("-").replace("-", "_") in message and "\n" not in message
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert command(monkeypatch, *arguments.split()) == 2
+    output, errors = capfd.readouterr()
+    usage, error = errors.splitlines()
+    assert output == "" and usage.startswith("usage: cvae_mnist.py [train] [draw] [restyle]")
+    assert error.startswith("cvae_mnist.py: error: ") and named in error
+    assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", ["--digit 12 --epochs 1 --h-dim 16", "draw --temperatur 1"])
-def test_a_user_sees_one_line(run, few, tmp_path, arguments):
-    result = run(*arguments.split(), "--data-dir", few)
+def test_a_user_sees_one_line(run, few, tmp_path):
+    result = run("--digit", 12, "--epochs", 1, "--data-dir", few)
     assert result.returncode == 1 and result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("cvae_mnist.py: ")
     assert not any(tmp_path.iterdir())
 
 
+def test_steps_and_options_may_come_in_any_order(tiny, tmp_path):
+    folders = ["--data-dir", str(tiny["data_dir"]), "--out-dir", str(tmp_path)]
+    cvae_mnist.main(["train", "--epochs", "1", "--h-dim", "8", "draw", *folders[2:], "restyle", *folders[:2]])
+    assert (tmp_path / "CVAE_6.png").exists() and (tmp_path / "CVAE_styles.png").exists()
+
+
 def test_options_mean_on_the_command_line_what_they_mean_in_python(tiny, tmp_path):
     options = {**tiny, "epochs": 1, "batch_size": 40, "learning_rate": 0.25, "num_classes": 0, "seed": 5}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    cvae_mnist.main(["train", "--textbook", *arguments, f"--out-dir={tmp_path / 'a'}"])
-    cvae_mnist.train_cvae(**options, textbook=True, out_dir=tmp_path / "b")
+    cvae_mnist.main(["train", *arguments, f"--out-dir={tmp_path / 'a'}"])
+    cvae_mnist.train_cvae(**options, out_dir=tmp_path / "b")
     assert same(load(tmp_path / "a"), load(tmp_path / "b"))
 
 
 BUGS = {  # what someone who changes the model may well write, and the error that is theirs to see
     "return self.fc2(x), self.fc3(x)": RuntimeError,
-    "mu, log_var = 1, 2, 3": ValueError,
+    "raise ValueError('mine')": ValueError,
     "return open('nothing here')": FileNotFoundError,
-    "return undefined": NameError,
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_keeps_its_traceback(done, few, tmp_path, monkeypatch, bug):
-    start, *_, end = SCRIPT.read_text(encoding="utf-8").rpartition('if __name__ == "__main__":')
+    start, main, end = SCRIPT.read_text(encoding="utf-8").rpartition('if __name__ == "__main__" and')
     broken = tmp_path / "cvae_mnist.py"
     change = f"def encode(self, x, c):\n    {bug}\n\n\nCVAE.encode = encode\n"
-    broken.write_text(f'{start}{change}if __name__ == "__main__":{end}', encoding="utf-8")
+    broken.write_text(start + change + main + end, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BUGS[bug]) as error:  # and not SystemExit
         command(monkeypatch, "restyle", "--data-dir", few, "--out-dir", done, script=broken)
@@ -742,21 +662,15 @@ def overwrite(path, where, content):
 
 DATA_DAMAGE = {
     "training images truncated": lambda raw: shorten(raw / "train-images-idx3-ubyte"),
-    "training labels truncated": lambda raw: shorten(raw / "train-labels-idx1-ubyte"),
-    "test images truncated": lambda raw: shorten(raw / "t10k-images-idx3-ubyte"),
-    "images empty": lambda raw: (raw / "train-images-idx3-ubyte").write_bytes(b""),
     "labels empty": lambda raw: (raw / "t10k-labels-idx1-ubyte").write_bytes(b""),
-    "garbage": lambda raw: (raw / "train-images-idx3-ubyte").write_bytes(random.Random(0).randbytes(9000)),
-    "zeros": lambda raw: (raw / "train-images-idx3-ubyte").write_bytes(bytes(16 + 300 * 784)),
     "HTML": lambda raw: (raw / "train-labels-idx1-ubyte").write_text("<html><body>404 Not Found</body></html>\n"),
     "images and labels swapped": lambda raw: swap(raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"),
     "images of training and test swapped": lambda raw: swap(
         raw / "train-images-idx3-ubyte", raw / "t10k-images-idx3-ubyte"
     ),
-    "label 10": lambda raw: overwrite(raw / "train-labels-idx1-ubyte", 20, b"\x0a"),
-    "test label 255": lambda raw: overwrite(raw / "t10k-labels-idx1-ubyte", 20, b"\xff"),
-    "images of 14 x 56": lambda raw: overwrite(raw / "train-images-idx3-ubyte", 8, struct.pack(">II", 14, 56)),
-    "no image at all": lambda raw: write_mnist(raw.parent.parent, *[(torch.zeros(0, 28, 28), torch.zeros(0))] * 2),
+    "test label 10": lambda raw: overwrite(raw / "t10k-labels-idx1-ubyte", 20, b"\x0a"),
+    "images of 14 x 28": lambda raw: overwrite(raw / "train-images-idx3-ubyte", 8, struct.pack(">I", 14)),
+    "no image at all": lambda raw: write_mnist(raw.parent.parent, *[(torch.zeros(0, 784), torch.zeros(0))] * 2),
 }
 
 
@@ -771,7 +685,7 @@ def test_damaged_data_is_an_error_and_no_reason_for_other_data(tiny, digits, don
         lambda: cvae_mnist.restyle_cvae(data_dir=data_dir, out_dir=done),
     )
     for call in calls:
-        with pytest.raises(RuntimeError, match=f"{re.escape(str(raw))} is damaged.*Delete") as error:
+        with pytest.raises(cvae_mnist.UserError, match=f"{re.escape(str(raw))} is damaged.*Delete") as error:
             call()
         assert "\n" not in str(error.value)
         assert "damaged ()" not in str(error.value)  # a reason is given
@@ -788,40 +702,36 @@ def test_damaged_data_is_one_line_on_the_command_line(digits, done, tmp_path, mo
 # Divergence
 
 
-@pytest.mark.parametrize("textbook", [True, False])
-def test_a_learning_rate_far_too_high_is_named(tiny, tmp_path, textbook):
-    with pytest.raises(RuntimeError, match=r"epoch \d.*learning_rate=10000"):
-        cvae_mnist.train_cvae(**{**tiny, "epochs": 50, "learning_rate": 1e4}, textbook=textbook, out_dir=tmp_path)
+def test_a_learning_rate_far_too_high_is_named(tiny, tmp_path):
+    with pytest.raises(cvae_mnist.UserError, match=r"epoch \d.*learning_rate=10000"):
+        cvae_mnist.train_cvae(**{**tiny, "epochs": 50, "learning_rate": 1e4}, out_dir=tmp_path)
 
 
-def nan_loss(model, result):
-    return [math.nan, 0.0]
+def nan_in_the_average(model, average):
+    torch.nn.init.constant_(average.fc3.bias, math.nan)
 
 
-def infinite_loss(model, result):
-    return [1.0, math.inf]
+def infinite_loss(model, average):
+    torch.nn.init.constant_(average.fc3.bias, 1e4)
 
 
-def nan_weight(model, result):
-    with torch.no_grad():
-        model.fc3.bias[0] = math.nan
-    return result
+def nan_in_the_training_weights(model, average):
+    torch.nn.init.constant_(model.fc3.bias, math.nan)
 
 
-@pytest.mark.parametrize("breakage", [nan_loss, infinite_loss, nan_weight])
+@pytest.mark.parametrize("breakage", [nan_in_the_average, infinite_loss, nan_in_the_training_weights])
 def test_divergence_keeps_the_last_healthy_epoch(tiny, straight, tmp_path, monkeypatch, breakage):
     with monkeypatch.context() as patch:
         break_training(patch, 3, breakage)
-        with pytest.raises(RuntimeError, match=r"epoch 3.*learning_rate=0.002.*epoch 2") as error:
+        with pytest.raises(cvae_mnist.UserError, match=r"epoch 3.*learning_rate=0.002.*a third"):
             cvae_mnist.train_cvae(**tiny, out_dir=tmp_path)
-    assert str(tmp_path / CHECKPOINT) in str(error.value)
     assert load(tmp_path)["epoch"] == 2
     cvae_mnist.train_cvae(**tiny, resume=True, out_dir=tmp_path)
     assert same(load(tmp_path), load(straight))
 
 
-def test_divergence_in_the_first_epoch_promises_no_checkpoint(tiny, tmp_path, monkeypatch):
-    break_training(monkeypatch, 1, nan_loss)
-    with pytest.raises(RuntimeError, match="[Nn]othing was saved"):
+def test_divergence_in_the_first_epoch_saves_no_checkpoint(tiny, tmp_path, monkeypatch):
+    break_training(monkeypatch, 1, nan_in_the_average)
+    with pytest.raises(cvae_mnist.UserError, match="epoch 1"):
         cvae_mnist.train_cvae(**tiny, out_dir=tmp_path)
     assert not (tmp_path / CHECKPOINT).exists()
