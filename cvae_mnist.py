@@ -341,7 +341,7 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
 # %%
 MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 BUILT_IN = "built-in digits"
-FONTS = {"DejaVuSans": 36, "cmss10": 41, "cmtt10": 41, "cmti10": 41}  # and sizes; they come with matplotlib
+FONTS = {"DejaVuSans": 36, "cmss10": 41, "cmtt10": 41, "STIXGeneralItalic": 39}  # and sizes; they come with matplotlib
 
 
 def load_digits(data_dir, device="cpu"):

@@ -1,6 +1,7 @@
 """The main job, as users run it: train, look at the files, draw what was asked for."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,14 @@ def test_every_epoch_has_random_numbers_of_its_own(small, tmp_path, monkeypatch)
     models = [train_cvae(out_dir=tmp_path, **{**small, "epochs": 4}, seed=seed) for seed in (0, 1)]
     assert len(set(seeds)) == 8
     assert not torch.equal(models[0].fc1.weight, models[1].fc1.weight)  # nor are the initial weights the same
+
+
+def test_the_time_left_is_that_of_the_epochs_to_come(small, tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(perf_counter=iter(range(0, 10_000, 90)).__next__)
+    monkeypatch.setattr(cvae_mnist, "time", clock)
+    train_cvae(out_dir=tmp_path, **{**small, "epochs": 3})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [line.split("  ")[-2:] for line in lines] == [["90.0 s", f"{left} min left"] for left in (3.0, 1.5, 0.0)]
 
 
 def test_the_optimizer_is_what_the_readme_says(small, tmp_path, monkeypatch):
