@@ -512,10 +512,12 @@ class FigureCanvas(FigureCanvasAgg):
 
 def test_windows_open_once_when_all_is_done(run, folder, tiny):
     Path(folder.parent, "fakegui.py").write_text(FAKE_GUI)
+    Path("CVAE_9.png").write_bytes(b"of an earlier run: no window for it")
+    os.utime("CVAE_9.png", (0, 0))
     env = {"MPLBACKEND": "module://fakegui", "PYTHONPATH": str(folder.parent)}
     done = run("--epochs", "2", "--data-dir", tiny, *SMALL, cwd=folder, env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert Path("windows.txt").read_text().splitlines() == ["window 4"] * 4 + ["show 4 4"]
+    assert Path("windows.txt").read_text().splitlines() == ["window 5"] * 4 + ["show 4 5"]
 
 
 def on_terminal(*arguments):
