@@ -33,7 +33,7 @@ import time
 from numbers import Integral, Real
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # for speed: threads that wait soon go to sleep
+if "OMP_WAIT_POLICY" not in os.environ:  # for busy machines: idle threads sleep sooner
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import matplotlib
@@ -58,8 +58,8 @@ from torchvision.utils import make_grid
 # logarithm, `log_var`. The decoder returns, for each pixel, the probability that it is white, which
 # is then shown as a shade of gray (in pictures inverted, like ink on paper).
 #
-# In training the decoder needs a `z` to decode, so one is sampled from the encoder's distribution,
-# and the gradient has to pass through the sampling to reach the encoder. Hence the
+# In training the decoder needs a `z` to decode, so one is sampled from the encoder's distribution.
+# A plain random draw would stop the gradient on its way back to the encoder. Hence the
 # *reparameterization trick*: sample standard normal noise, which depends on no weight, multiply it
 # by the standard deviation, exp(log_var / 2), and add `mu`.
 # %%
@@ -78,7 +78,7 @@ class CVAE(nn.Module):
         self.fc3 = nn.Linear(h_dim, z_dim)  # log-variance
         self.fc4 = nn.Linear(z_dim + num_classes, h_dim)
         self.fc5 = nn.Linear(h_dim, input_dim)
-        for layer in self.children():  # training ends at a lower loss than from PyTorch's defaults
+        for layer in self.children():  # small weights train to a lower loss than PyTorch's own
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -89,7 +89,7 @@ class CVAE(nn.Module):
     def encode(self, x, c):
         """x [B, 784] or [B, 1, 28, 28] in [0, 1], c [B, num_classes] -> mu, log_var [B, z_dim]."""
         h = F.relu(self.fc1(torch.cat([x.flatten(1), c], dim=1)))
-        return self.fc2(h).float(), self.fc3(h).float()  # 32 bits, for the loss
+        return self.fc2(h).float(), self.fc3(h).float()  # 32 bits, even under autocast
 
     def reparameterize(self, mu, log_var):
         """Samples z [B, z_dim] from the normal distribution with this mean and log-variance."""
@@ -113,8 +113,8 @@ class CVAE(nn.Module):
 #
 # The *prior* p(z) is the standard normal distribution, N(0, I): how `z` is distributed when nothing
 # is known of the image. The model should give the training images a high probability, the integral
-# of p(x|z,c) p(z) over every `z`. It is too much to compute. What can be computed is a lower bound
-# on its logarithm, the ELBO (evidence lower bound). Training maximizes it, by minimizing -ELBO:
+# of p(x|z,c) p(z) over every `z`. That is too much to compute, but its logarithm is at least the
+# ELBO (evidence lower bound): the rest is a KL divergence, never negative. So we minimize -ELBO:
 #
 # $$-\mathrm{ELBO} = \mathbb{E}_{q(z|x,c)}\left[-\log p(x|z,c)\right]
 #   + \mathrm{KL}\left(q(z|x,c)\,\|\,\mathcal{N}(0, I)\right)$$
@@ -124,7 +124,7 @@ class CVAE(nn.Module):
 #
 # - The first term, the *reconstruction*, asks that the image can be rebuilt from `z`. Each pixel is
 #   a Bernoulli variable: white with the decoder's probability, else black. So -log p is the binary
-#   cross-entropy. At a gray pixel even a perfect copy costs something: log 2 where x = 0.5.
+#   cross-entropy. A gray pixel counts as both, x white and 1 - x black; no copy of it is for free.
 # - The second, the *Kullback-Leibler (KL) divergence* of q from the prior, keeps the `z` of real
 #   images close to standard normal noise, so that later such noise decodes into new digits. With
 #   the means and variances of q it is $-\tfrac12\sum_j(1 + \log\sigma_j^2 - \mu_j^2 - \sigma_j^2)$.
@@ -160,7 +160,7 @@ def train_epoch(model, average, optimizer, images, labels, batch_size, epoch):
     for number, indices in enumerate(batches):
         x = images[indices] / 255
         c = model.one_hot(labels[indices])
-        with autocast(x.device):  # with 16 bits where that is faster; see the appendix
+        with autocast(x.device):  # multiplies in 16 bits where that is faster
             reconstruction, kl = negative_elbo(model, x, c)
         loss = reconstruction + kl
         optimizer.zero_grad()
@@ -174,7 +174,7 @@ def train_epoch(model, average, optimizer, images, labels, batch_size, epoch):
 @torch.no_grad()
 def update_average(average, model, step):  # at every tenth step
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, 100 / (100 + step))  # mean goes this share of the way to weight
+        mean.lerp_(weight, 100 / (100 + step))  # so about the last tenth of the steps counts
 
 # %% [markdown]
 # ### New digits
