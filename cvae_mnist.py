@@ -124,7 +124,7 @@ class CVAE(nn.Module):
 #
 # - The first term, the *reconstruction*, asks that the image can be rebuilt from `z`. Each pixel is
 #   a Bernoulli variable: white with the decoder's probability, else black. So -log p is the binary
-#   cross-entropy. A gray pixel counts as both, x white and 1 - x black; no copy of it is for free.
+#   cross-entropy. A gray pixel counts as both, x white and 1 - x black: even a perfect copy costs.
 # - The second, the *Kullback-Leibler (KL) divergence* of q from the prior, keeps the `z` of real
 #   images close to standard normal noise, so that later such noise decodes into new digits. With
 #   the means and variances of q it is $-\tfrac12\sum_j(1 + \log\sigma_j^2 - \mu_j^2 - \sigma_j^2)$.
