@@ -83,13 +83,13 @@ class CVAE(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def one_hot(self, labels):
-        """labels [B] -> c [B, num_classes]: 1 in the column of the label, 0 in any other."""
+        """labels [B] -> c [B, num_classes]: 1 in the label's column, 0 elsewhere."""
         return torch.eye(10, self.num_classes, device=labels.device)[labels]
 
     def encode(self, x, c):
         """x [B, 784] or [B, 1, 28, 28] in [0, 1], c [B, num_classes] -> mu, log_var [B, z_dim]."""
         h = F.relu(self.fc1(torch.cat([x.flatten(1), c], dim=1)))
-        return self.fc2(h).float(), self.fc3(h).float()  # 32 bits, even under autocast
+        return self.fc2(h).float(), self.fc3(h).float()  # 32 bits, even where train_epoch uses 16
 
     def reparameterize(self, mu, log_var):
         """Samples z [B, z_dim] from the normal distribution with this mean and log-variance."""
@@ -104,7 +104,7 @@ class CVAE(nn.Module):
         return torch.sigmoid(self.decode_logits(z, c))
 
     def forward(self, x, c):
-        """What model(x, c) returns, for code of your own: recon [B, 784], mu, log_var."""
+        """model(x, c) -> recon [B, 784], mu, log_var. For your own code: the loss needs logits."""
         mu, log_var = self.encode(x, c)
         return self.decode(self.reparameterize(mu, log_var), c), mu, log_var
 
@@ -113,8 +113,8 @@ class CVAE(nn.Module):
 #
 # The *prior* p(z) is the standard normal distribution, N(0, I): how `z` is distributed when nothing
 # is known of the image. The model should give the training images a high probability, the integral
-# of p(x|z,c) p(z) over every `z`. That is too much to compute, but its logarithm is at least the
-# ELBO (evidence lower bound): the rest is a KL divergence, never negative. So we minimize -ELBO:
+# of p(x|z,c) p(z) over every `z`. That is too much to compute, but its logarithm is never below the
+# *evidence lower bound* (ELBO), which we can estimate. So instead we minimize -ELBO:
 #
 # $$-\mathrm{ELBO} = \mathbb{E}_{q(z|x,c)}\left[-\log p(x|z,c)\right]
 #   + \mathrm{KL}\left(q(z|x,c)\,\|\,\mathcal{N}(0, I)\right)$$
@@ -131,7 +131,8 @@ class CVAE(nn.Module):
 #
 # Both are in *nats*, the unit of information that goes with the natural logarithm. Sum or mean?
 # Sum over the pixels and over the numbers of `z`; then the losses we report are means over the
-# images. With a mean over the pixels, too, the KL divergence would weigh 784 times too much.
+# images. With a mean over the pixels, too, the KL divergence would weigh 784 times too much. (To
+# train, a sum over the batch will do: the steps of Adam, the optimizer, ignore the loss's scale.)
 # %%
 def negative_elbo(model, x, c):
     """The two terms of the loss, in nats, each summed over the batch: reconstruction and KL.
@@ -148,11 +149,10 @@ def negative_elbo(model, x, c):
 # %% [markdown]
 # ### One epoch of training
 #
-# An *epoch* takes every training image once, in random order, a batch at a time. The optimizer's
-# steps never settle: the weights keep moving around a good place. The mean of the weights over many
-# steps is closer to that place. So a second model, `average`, holds their mean over about the last
-# tenth of the steps so far. It is the one to test, to save and to draw with. (Adam, the optimizer,
-# takes the same steps whatever the scale of the loss. So the sum over the batch will do.)
+# An *epoch* takes every training image once, in random order, a batch at a time. With a constant
+# learning rate the weights never settle: they keep moving around a good place. Their mean over many
+# steps is closer to it. So a second model, `average`, holds their mean over about the last tenth of
+# the steps so far. It is the one to test, to save and to draw with.
 # %%
 def train_epoch(model, average, optimizer, images, labels, batch_size, epoch):
     """One pass over images (uint8 [N, 784]) and labels (int64 [N]); epoch counts from 1."""
@@ -172,9 +172,9 @@ def train_epoch(model, average, optimizer, images, labels, batch_size, epoch):
 
 
 @torch.no_grad()
-def update_average(average, model, step):  # at every tenth step
+def update_average(average, model, step):  # at every tenth step; about the last tenth counts
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, 100 / (100 + step))  # so about the last tenth of the steps counts
+        mean.lerp_(weight, 100 / (100 + step))  # mean += (weight - mean) * 100 / (100 + step)
 
 # %% [markdown]
 # ### New digits
@@ -199,14 +199,14 @@ def generate(model, z, labels):
 # digit, a row is a style, the same `z` in every picture. Then look at `CVAE_loss.png`. The gap between the curves of
 # training and of test images is overfitting: how much better the model does on images it was trained on.
 # %%
-def train_cvae(epochs=100, batch_size=200, learning_rate=2.5e-3, h_dim=600, z_dim=50, num_classes=10,
+def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=50, num_classes=10,
                data_dir="./mnist", out_dir=".", seed=0, resume=False, device=None):  # fmt: skip
     """Trains a CVAE (num_classes=0: the plain VAE) and returns it, with the averaged weights.
 
     Saves, in out_dir, cvae_checkpoint.pth after every epoch, cvae_results/epoch_N.png after every tenth and the last,
     CVAE_loss.png at the end. With resume=True goes on from the checkpoint: on a CPU, to the same weights as without the
     stop, bit for bit. device=None: the accelerator that PyTorch finds, else the CPU. Seeds PyTorch's random numbers.
-    Raises UserError for bad arguments or files, and when the loss is no longer finite.
+    Raises UserError for bad arguments or files, and when the loss is not finite.
     """
     (epochs, batch_size, learning_rate, h_dim, z_dim, num_classes,
      data_dir, out_dir, seed, resume, device) = check(train_cvae, locals())  # the same, checked  # fmt: skip
@@ -225,8 +225,8 @@ def train_cvae(epochs=100, batch_size=200, learning_rate=2.5e-3, h_dim=600, z_di
     make_folder(out_dir / "cvae_results")
     dataset, (images, labels), (test_images, test_labels) = load_digits(data_dir, device)
     if resume and dataset != trained_on:
-        raise UserError(f"{path} was trained on {trained_on}, but data_dir={str(data_dir)!r} gives {dataset}. Put "
-                        f"{trained_on} there, or train anew in another out_dir")  # fmt: skip
+        raise UserError(f"{path} was trained on {trained_on}, but data_dir={str(data_dir)!r} gives {dataset}. "
+                        f"Train anew in another out_dir, or use a data_dir that gives {trained_on}")  # fmt: skip
     name = f"{'CVAE' if num_classes else 'VAE'} on {dataset}"
     print(f"{dataset}: {len(images):,} images to train on, {len(test_images):,} to test on. Device: {device}")
     print("Every finished epoch is saved: stop whenever you like, go on with resume=True (--resume)", flush=True)
@@ -234,14 +234,13 @@ def train_cvae(epochs=100, batch_size=200, learning_rate=2.5e-3, h_dim=600, z_di
     for epoch in range(len(history["test_loss"]) + 1, epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(seed * 100_003 + epoch)  # an epoch after a stop is the same as without
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, epoch / 2)  # half in epoch 1: ends at a lower loss
         train_epoch(model, average, optimizer, images, labels, batch_size, epoch)
         reconstruction, kl = evaluate(average, images[:10_000], labels[:10_000])
         test_loss = sum(evaluate(average, test_images, test_labels))
         if not all_finite([reconstruction, kl, test_loss, *model.parameters()]):
-            raise UserError(f"The loss is no longer finite in epoch {epoch}, most likely because {learning_rate=} is "
-                            f"too high. Train anew with a third of it")  # fmt: skip
-        for term, loss in [("train_loss", reconstruction + kl), ("reconstruction", reconstruction), ("kl", kl),
-                           ("test_loss", test_loss)]:  # fmt: skip
+            raise UserError(f"The loss is not finite in epoch {epoch}. Train anew with a third of {learning_rate=}")
+        for term, loss in zip(history, (reconstruction + kl, reconstruction, kl, test_loss), strict=True):
             history[term].append(loss)
         if epoch % 10 == 0 or epoch == epochs:
             save_samples(average, out_dir / "cvae_results" / f"epoch_{epoch}.png", f"{name}, epoch {epoch}")
@@ -262,7 +261,7 @@ def train_cvae(epochs=100, batch_size=200, learning_rate=2.5e-3, h_dim=600, z_di
 def evaluate(model, images, labels):
     """Reconstruction and KL of images (uint8 [N, 784]), in nats per image. z is sampled here, too, as the ELBO asks."""
     sums = torch.zeros(2, device=images.device)
-    for x, label in zip(images.split(1000), labels.split(1000), strict=True):
+    for x, label in zip(images.split(500), labels.split(500), strict=True):
         with autocast(x.device):
             sums += torch.stack(negative_elbo(model, x / 255, model.one_hot(label)))
     return (sums / len(images)).tolist()
@@ -274,7 +273,7 @@ def evaluate(model, images, labels):
 # Towards 0 they get cleaner, and more and more alike.
 # %%
 def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".", device=None):
-    """Draws ten digits with the checkpoint in out_dir: 0 to 9 or, with flag=True, ten different drawings of `input`.
+    """Draws ten digits with the checkpoint in out_dir: 0 to 9 (plain VAE: any ten) or, with flag=True, ten of `input`.
 
     With flag=False `input` is ignored. Saves CVAE_0-9.png or, say, CVAE_6.png, and returns its images: [10, 1, 28, 28]
     in [0, 1], on the CPU. seed=None samples new z at each call. Raises UserError for bad arguments or files.
@@ -297,8 +296,8 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
 # %% [markdown]
 # ### Keep the style, change the digit
 #
-# Encode a real test digit with its label and take the mean of `z`: that is its style. Decode it with each of the ten
-# labels: ten digits in that one style. A red box marks the digit's own label, where the drawing is a reconstruction.
+# Encode a real test digit with its label: the mean of its `z` is its style. Decode it with each of the ten labels: ten
+# digits in one style, though not every style suits every digit. A red box marks its own label: a reconstruction.
 # %%
 def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
     """Redraws test digits as 0 to 9, each row in the style of its test digit; saves CVAE_styles.png.
@@ -573,7 +572,8 @@ def check_one(name, value, default):
                 return path
         if kind is torch.device:
             value = (torch.accelerator.current_accelerator(True) or "cpu") if value is None else value
-            torch.zeros(1, device=value).cpu()  # an error if it cannot be used
+            # An error if it cannot be used. On AVX-512 processors, log1p (in the loss) is slow until called with these.
+            torch.log1p(torch.tensor([-2.0, -1.0, -0.0], device=value)).cpu()
             return torch.device(value)
         if kind is list and 1 <= len(value) <= 100:
             return [check_one("seed", index, 0) for index in value]  # a seed is a whole number from 0 up, too

@@ -111,7 +111,7 @@ def epoch_lines(text):
     return [(float(words[words.index("s") - 1]), float(words[words.index("test") + 1])) for words in lines]
 
 
-def matrix_products(dtype=torch.float32, batch=200):
+def matrix_products(dtype=torch.float32, batch=256):
     """The matrix products of an epoch, forward and backward, and nothing else."""
     shapes = [(784 + 10, 600), (600, 50), (600, 50), (60, 600), (600, 784)]
     layers = [[torch.randn(shape, dtype=dtype) for shape in ((batch, i), (o, i), (batch, o))] for i, o in shapes]

@@ -136,7 +136,7 @@ def test_grids_have_a_column_per_digit_and_a_row_per_style(grids, tmp_path, num_
 def test_checkpoint_is_what_it_says(trained, small, digits):
     checkpoint = torch.load(trained / "cvae_checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] == 2 and checkpoint["dataset"] == "MNIST"
-    hyperparameters = dict(batch_size=200, learning_rate=2.5e-3, h_dim=64, z_dim=8, num_classes=10, seed=0)
+    hyperparameters = dict(batch_size=256, learning_rate=3e-3, h_dim=64, z_dim=8, num_classes=10, seed=0)
     assert checkpoint["hyperparameters"] == hyperparameters
     history = checkpoint["history"]
     assert list(history) == ["train_loss", "reconstruction", "kl", "test_loss"]
@@ -199,10 +199,15 @@ def test_the_time_left_is_that_of_the_epochs_to_come(small, tmp_path, monkeypatc
 
 def test_the_optimizer_is_what_the_readme_says(small, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cvae_mnist, "train_epoch", lambda model, average, optimizer, *_: seen.append(optimizer))
-    train_cvae(out_dir=tmp_path, **{**small, "epochs": 1}, learning_rate=0.0123)
-    assert isinstance(seen[0], torch.optim.Adam)
-    assert seen[0].defaults["lr"] == 0.0123 and seen[0].defaults["betas"] == (0.9, 0.99)
+
+    def train_epoch(model, average, optimizer, *_):
+        seen.append((type(optimizer), optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["lr"]))
+
+    monkeypatch.setattr(cvae_mnist, "train_epoch", train_epoch)
+    train_cvae(out_dir=tmp_path, **{**small, "epochs": 2}, learning_rate=0.0123)
+    train_cvae(out_dir=tmp_path, **{**small, "epochs": 4}, learning_rate=0.0123, resume=True)
+    rates = [0.0123 / 2, 0.0123, 0.0123, 0.0123]
+    assert seen == [(torch.optim.Adam, (0.9, 0.99), rate) for rate in rates]
 
 
 @pytest.mark.parametrize("num_classes", [10, 0])
