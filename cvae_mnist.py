@@ -572,7 +572,7 @@ def check_one(name, value, default):
                 return path
         if kind is torch.device:
             value = (torch.accelerator.current_accelerator(True) or "cpu") if value is None else value
-            # An error if it cannot be used. On AVX-512 processors, log1p (in the loss) is slow until called with these.
+            # An error if it cannot be used. On AVX-512 processors, log1p (in the loss) may be slow until called so.
             torch.log1p(torch.tensor([-2.0, -1.0, -0.0], device=value)).cpu()
             return torch.device(value)
         if kind is list and 1 <= len(value) <= 100:
