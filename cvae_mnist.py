@@ -402,7 +402,7 @@ class UserError(ValueError):
 
 
 def autocast(device):
-    """Inside, a CPU with instructions for it multiplies matrices in bfloat16 (16 bits), in half the time."""
+    """Inside, a CPU with instructions for it multiplies matrices in bfloat16 (16 bits), in less than half the time."""
     able = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast("cpu", torch.bfloat16, enabled=able and device.type == "cpu")
 
@@ -572,7 +572,7 @@ def check_one(name, value, default):
                 return path
         if kind is torch.device:
             value = (torch.accelerator.current_accelerator(True) or "cpu") if value is None else value
-            # An error if it cannot be used. On AVX-512 processors, log1p (in the loss) may be slow until called so.
+            # An error if it cannot be used. And log1p (in the loss) may be slow under AVX-512 until called with these.
             torch.log1p(torch.tensor([-2.0, -1.0, -0.0], device=value)).cpu()
             return torch.device(value)
         if kind is list and 1 <= len(value) <= 100:
