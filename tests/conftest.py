@@ -1,43 +1,91 @@
+"""What all tests share: the script as a module, small data, a small trained model, a clean machine."""
+
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+matplotlib_files = tempfile.TemporaryDirectory()  # the user's own may be read-only, or full of settings
+os.environ.update(MPLCONFIGDIR=matplotlib_files.name, OMP_NUM_THREADS="1")  # for subprocesses as well
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cvae_mnist.py"
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-import cvae_mnist  # noqa: E402, I001, before torch, as users import it
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import cvae_mnist  # noqa: E402, I001, first, as users import it
 import torch  # noqa: E402
+from torchvision import datasets  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count()))  # small models: more threads only get into each other's way
+CHECKPOINT = "cvae_checkpoint.pth"
+ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+torch.set_num_threads(1)
 
 
-def write_mnist(folder, training, test):
+@pytest.fixture(autouse=True)
+def own_machine(tmp_path, monkeypatch):
+    """An empty current folder and home, no windows, no settings of matplotlib, no network."""
+    for name in ("here", "home", "rc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rc" / "matplotlibrc").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "FORCE_COLOR", "PYTHONUNBUFFERED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"MPLBACKEND": "agg", "MATPLOTLIBRC": tmp_path / "rc", "HOME": tmp_path / "home",
+                        "USERPROFILE": tmp_path / "home", "http_proxy": "http://127.0.0.1:9",
+                        "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+@pytest.fixture
+def here():
+    return Path.cwd()
+
+
+@pytest.fixture(params=["cpu", *([ACCELERATOR.type] if ACCELERATOR else [])])
+def device(request):
+    return request.param
+
+
+def write_mnist(folder, train, test):
     """Writes (images [N, 784], labels [N]) pairs as MNIST's four files, in torchvision's layout."""
     raw = Path(folder, "MNIST", "raw")
     raw.mkdir(parents=True, exist_ok=True)
-    for part, (images, labels) in ("train", training), ("t10k", test):
+    for part, (images, labels) in ("train", train), ("t10k", test):
         header = struct.pack(">IIII", 2051, len(images), 28, 28)
-        Path(raw, f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
         header = struct.pack(">II", 2049, len(labels))
-        Path(raw, f"{part}-labels-idx1-ubyte").write_bytes(header + labels.to(torch.uint8).numpy().tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.byte().numpy().tobytes())
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def digits():
-    """Built-in digits, few: (images, labels) to train on and to test on."""
-    return cvae_mnist.built_in_digits(2000, seed=0), cvae_mnist.built_in_digits(400, seed=1)
+    """(images, labels) to train on and to test on: 600 and 200 built-in digits."""
+    return cvae_mnist.built_in_digits(600, seed=0), cvae_mnist.built_in_digits(200, seed=1)
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, digits):
-    """A small data set in MNIST's files. Read only: a test that damages it makes its own with write_mnist."""
+def data(tmp_path_factory, digits):
+    """A folder with these digits as MNIST's files. Read only."""
     return write_mnist(tmp_path_factory.mktemp("data"), *digits)
+
+
+@pytest.fixture
+def quick(data):
+    """Arguments that make train_cvae quick."""
+    return dict(epochs=4, batch_size=32, h_dim=16, z_dim=3, data_dir=data, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """A folder with what four quick epochs leave behind. Read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    cvae_mnist.train_cvae(4, batch_size=32, h_dim=16, z_dim=3, data_dir=data, out_dir=folder, device="cpu")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -47,27 +95,22 @@ def mnist_root():
     return Path(os.environ["MNIST_ROOT"]).resolve()
 
 
-@pytest.fixture(scope="session")
-def small(data_dir):
-    """Arguments that make train_cvae quick."""
-    return dict(epochs=2, h_dim=64, z_dim=8, data_dir=data_dir, device="cpu")
+def run(*arguments, script=SCRIPT, env=(), **options):
+    """Runs the script as a user would, in the current folder; its output is bytes."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **dict(env)}, capture_output=True, timeout=100, **options)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, small):
-    """A folder with the checkpoint of a small CVAE. Read only."""
-    folder = tmp_path_factory.mktemp("trained")
-    cvae_mnist.train_cvae(out_dir=folder, **small)
-    return folder
+def load(folder):
+    return torch.load(Path(folder, CHECKPOINT), map_location="cpu", weights_only=True)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """run("train", "--epochs", "1") runs the script in an empty folder, as a user would; returns what it left."""
-
-    def run(*arguments, cwd=tmp_path, **options):
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "default", **options.pop("env", {})}
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
-
-    return run
+def same(one, other):
+    """Whether nested dicts and lists of tensors and plain values are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
