@@ -2,7 +2,7 @@
 # # Handwritten digits with a conditional VAE
 # A variational autoencoder (VAE) has two parts. The *encoder* describes an image by a short list of
 # numbers, the *latent* (hidden) *vector* `z`. The *decoder* turns a `z` back into an image. In a
-# *conditional* VAE (CVAE) both are also given the label `c`: which digit it is. So `z` is left to
+# *conditional* VAE (CVAE) both are also given the label `c`: which digit it is. So `z` need only
 # describe the style: slant, width, thickness. After training, sample a `z`, choose a label, decode
 # them: a new handwritten digit.
 # ```text
@@ -11,7 +11,6 @@
 #             ├─► ReLU (600) ──┤            ├─► z (50) ──┐
 #  label c ─┬─┘                └─► log_var ─┘            ├─► ReLU (600) ──► sigmoid (784): image
 #           └────────────────────────────────────────────┘
-#                     z = mu + exp(log_var / 2) * noise
 # ```
 # Part 1 is the idea. Part 2 trains a model on MNIST and draws with it. The appendix is the rest:
 # data, files, pictures, the command line. In a notebook, only the last cell starts training.
@@ -49,21 +48,21 @@ from torchvision.utils import make_grid
 # ## Part 1: the idea
 # An image `x` is 28 x 28 = 784 numbers from 0 (black) to 1 (white). A label `c` is *one-hot*: ten
 # numbers, 1 in the digit's place and 0 elsewhere. It is appended to `x` and to `z`. The decoder
-# returns for each pixel the probability that it is white. Shown as shades of gray, these are the
-# image. (In the code, `x [B, 784]` is a batch of B images, and `->` is what a function returns.)
+# returns for each pixel the probability that it is white. Shown as shades of gray, these
+# probabilities are the image. (In the code, `x [B, 784]` is a batch of B images.)
 #
-# The encoder does not return one point `z` but a normal distribution over `z`, with a mean and a
-# variance for each of the 50 latent dimensions. Why? If it returned points, nothing would make the
-# points between them decode to digits. With a distribution, the decoder is given another `z` near
-# the mean each time, and must draw this image from all of them. The loss (below) also keeps the
-# variances from vanishing and the means from drifting apart. So the distributions fill the latent
-# space without gaps, and after training a random `z` decodes to a digit. A variance is positive,
-# but a layer may return any number. So the encoder returns its logarithm `log_var`, and the mean
-# `mu`.
+# The encoder does not return one point `z` but a normal distribution over `z`, with a mean `mu` and
+# a variance for each of the 50 latent dimensions. Why? If it returned points, nothing would make
+# the points between them decode to digits. With a distribution, the decoder is given another `z`
+# near the mean each time, and must draw this image from all of them. The loss (below) also pulls
+# every distribution towards the standard normal, so variances cannot vanish and means cannot drift
+# apart. So they overlap, and after training a `z` from the standard normal decodes to a digit. A
+# variance is positive, but a layer may return any number. So the encoder returns its logarithm
+# `log_var`.
 #
-# In training, `z` is sampled from this distribution. A gradient cannot flow through sampling. Hence
-# the *reparameterization trick*: sample standard normal noise, which depends on no weight, multiply
-# it by the standard deviation exp(`log_var` / 2), and add `mu`. These steps are differentiable.
+# In training, `z` is sampled from this distribution. But a random draw has no gradient for `mu` and
+# `log_var`. Hence the *reparameterization trick*: sample standard normal noise, multiply it by the
+# standard deviation exp(`log_var` / 2), and add `mu`. These steps are differentiable.
 # %%
 class CVAE(nn.Module):
     """A conditional VAE with one hidden layer in each part. num_classes=0: a plain VAE, no label.
@@ -96,7 +95,7 @@ class CVAE(nn.Module):
     def encode(self, x, c):
         """x [B, 784] or [B, 1, 28, 28] in [0, 1], c [B, num_classes] -> mu, log_var [B, z_dim]."""
         h = F.relu(self.fc1(torch.cat([x.flatten(1), c], dim=1)))
-        return self.fc2(h).float(), self.fc3(h).float()  # bfloat16 is too coarse for the loss
+        return self.fc2(h).float(), self.fc3(h).float()  # 32 bits: see mixed_precision
 
     def reparameterize(self, mu, log_var):
         """mu, log_var [B, z_dim] -> z [B, z_dim], sampled from this normal distribution."""
@@ -126,20 +125,21 @@ class CVAE(nn.Module):
 # p(x|z,c) over all `z` from the prior, and we cannot estimate it, since hardly any random `z` fits
 # a given image. The encoder knows which ones do. With E for the mean over `z` sampled from q:
 # ```text
-# log p(x|c) = log E[ p(x|z,c) p(z) / q(z|x,c) ]      the weight p(z) / q, as z is sampled from q
+# log p(x|c) = log E[ p(x|z,c) p(z) / q(z|x,c) ]      p(z) / q, as E weights each z by q: q cancels
 #           >= E[ log( p(x|z,c) p(z) / q(z|x,c) ) ]   Jensen: log is concave, log(mean) >= mean(log)
 #            = E[ log p(x|z,c) ] - KL                 where KL = E[ log( q(z|x,c) / p(z) ) ]
 # ```
 # This is the *evidence lower bound* (ELBO; the evidence is p(x|c)). We minimize -ELBO, the sum of
-# two terms. The first, the *reconstruction loss* -E[ log p(x|z,c) ], is the binary cross-entropy of
-# the pixels. A gray pixel counts as partly white, partly black, so even a perfect copy has a cost.
-# The second, the *Kullback-Leibler (KL) divergence* of q from the prior, is 0 if they are equal,
-# and grows as `z` tells more about the image. The reconstruction loss asks that `z` says much about
-# the image. The KL divergence asks that it says little, and looks like a sample from the prior.
+# two terms. The first is the *reconstruction loss*, -E[ log p(x|z,c) ]. For a pixel x with
+# probability p it is -x log p - (1 - x) log(1 - p), the *binary cross-entropy*. If x is gray, this
+# is not 0 even for p = x. The second is the *Kullback-Leibler (KL) divergence* of q from the prior.
+# It is 0 if they are equal: then `z` tells nothing about the image. It grows as `z` tells more. So
+# the first term asks that `z` says much about the image. The second asks that it says little, and
+# looks like a sample from the prior.
 #
-# One sample of `z` per image is enough for E: the noise averages out over many steps. The first
-# term is a sum over the pixels, the second over the latent dimensions, as the logarithm of a
-# product of probabilities is the sum of their logarithms. The unit is the *nat*: 1.44 bits.
+# One sample of `z` per image is enough for E: the noise averages out over many steps. Pixels (given
+# `z`) and latent dimensions are independent, so probabilities multiply and logarithms add: the
+# first term is a sum over the pixels, the second over the dimensions. The unit is the *nat*.
 # %%
 def negative_elbo(model, x, c):
     """x [B, 784], c [B, num_classes] -> reconstruction loss [B] and KL divergence [B], in nats.
@@ -149,7 +149,7 @@ def negative_elbo(model, x, c):
     mu, log_var = model.encode(x, c)
     logits = model.decode_logits(model.reparameterize(mu, log_var), c)
     losses = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none")
-    kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(dim=1)
+    kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(dim=1)  # 0 if q is the prior
     return losses.sum(dim=1), kl
 
 # %% [markdown]
@@ -160,12 +160,12 @@ def negative_elbo(model, x, c):
 def train_epoch(model, optimizer, images, labels, batch_size):
     """A generator: it trains on images (uint8 [N, 784]) and labels [N] while you loop over it.
 
-    Yields each batch's loss (a scalar tensor, in nats per image) after the step on that batch."""
+    Yields each batch's loss (a scalar tensor, in nats per image), computed before its step."""
     for indices in torch.randperm(len(images), device=images.device).split(batch_size):
         model.train()  # matters only if you add Dropout or BatchNorm
         x = images[indices] / 255
         c = model.one_hot(labels[indices])
-        with mixed_precision(x.device):  # faster on some CPUs: see the appendix
+        with mixed_precision(x.device):  # bfloat16 on some CPUs, which is faster
             reconstruction, kl = negative_elbo(model, x, c)
         loss = (reconstruction + kl).mean()
         optimizer.zero_grad()
@@ -181,7 +181,7 @@ def generate(model, z, labels):
     """z [N, z_dim] and N labels (integers) -> images [N, 1, 28, 28] in [0, 1], on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # a GPU would not check them
+    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # the CPU rejects wrong labels
     return model.decode(z.to(device), c.to(device)).view(-1, 1, 28, 28).cpu()
 
 # %% [markdown]
@@ -193,17 +193,17 @@ def generate(model, z, labels):
 # for epoch in range(10):  # about a minute on two CPU cores
 #     losses = [loss.item() for loss in train_epoch(model, optimizer, images, labels, 256)]
 #     print(epoch, sum(losses) / len(losses))
-# digits = make_grid(1 - generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
-# Image.fromarray((255 * digits[0]).byte().numpy())  # shows them
+# grid = make_grid(1 - generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
+# Image.fromarray((255 * grid[0]).byte().numpy())  # shows the digits, black on white
 # ```
 # ## Part 2: train, then draw
-# With a constant learning rate the weights keep moving around an optimum. The mean of many steps is
-# closer to it. So a second model holds this mean, over about the last tenth of all steps so far. It
-# is used to evaluate, to save and to draw: without the mean, the test loss is 2.3 nats higher.
+# With a constant learning rate the weights keep moving around an optimum. Their mean over many
+# steps is closer to it. So a second model, the average, holds it over about the last tenth of all
+# steps. It is used to evaluate, save and draw. Without it, the test loss is @@AVG@@ nats higher.
 # %%
 @torch.no_grad()
 def update_average(average, model, step):
-    """Moves `average` towards the model. Call it at every tenth step and each epoch's last."""
+    """Call it at every tenth step and each epoch's last. Forgets after about step / 10 steps."""
     means = average.state_dict()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
@@ -213,7 +213,7 @@ def update_average(average, model, step):
 # ### Train
 # After each epoch the averaged model is evaluated on the 10,000 test images and on as many training
 # images. In the pictures in `cvae_results`, a column is a digit, a row is a style. In
-# `CVAE_loss.png`, the gap between training and test images is overfitting.
+# `CVAE_loss.png`, the gap between training and test loss is overfitting.
 # %%
 def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=50, num_classes=10,
                data_dir="./mnist", out_dir=".", seed=0, resume=False, device=None):
@@ -226,7 +226,7 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
         raise UserError(f"epochs must be >= 1 and num_classes 10 or 0, got {epochs}, {num_classes}")
     hyperparameters = dict(learning_rate=float(learning_rate), batch_size=index(batch_size),
                            h_dim=index(h_dim), z_dim=index(z_dim), num_classes=index(num_classes),
-                           seed=index(seed))  # plain numbers, also where they are numpy's
+                           seed=index(seed))  # index(): an int, also from numpy's integers
     device = pick_device(device)
     path = Path(out_dir).expanduser() / "cvae_checkpoint.pth"
     checkpoint = read_checkpoint(path) if resume else {}
@@ -234,7 +234,7 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
     model = CVAE(784, h_dim, z_dim, num_classes).to(device)
     average = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
-    states = {"model_state_dict": average, "training_state_dict": model,
+    states = {"model_state_dict": average, "training_state_dict": model,  # the average is to use
               "optimizer_state_dict": optimizer}
     path.with_name("cvae_results").mkdir(parents=True, exist_ok=True)
     dataset, *sets = load_digits(data_dir)
@@ -247,7 +247,7 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
     for epoch in range(len(history["test_loss"]) + 1, epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(index(seed) + 1_000_000 * epoch)  # the same in a resumed run
-        optimizer.param_groups[0]["lr"] = float(learning_rate) * min(1, epoch / 2)  # warm-up
+        optimizer.param_groups[0]["lr"] = float(learning_rate) * min(1, epoch / 2)  # 1: half
         losses = train_epoch(model, optimizer, images, labels, hyperparameters["batch_size"])
         for step, loss in enumerate(losses, start=(epoch - 1) * steps):  # this loop trains
             if step % 10 == 0 or (step + 1) % steps == 0:
@@ -298,7 +298,7 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
     if flag and index(input) not in range(model.num_classes):
         raise UserError(f"Cannot draw the digit {input}: the model has {model.num_classes} labels")
     generator = torch.Generator()
-    generator.manual_seed(generator.seed() if seed is None else index(seed))
+    generator.seed() if seed is None else generator.manual_seed(index(seed))  # seed(): random
     z = temperature * torch.randn(10, model.z_dim, generator=generator)
     digits = [input] * 10 if flag else range(10)
     images = generate(model.to(pick_device(device)), z, digits)
@@ -381,12 +381,12 @@ def read_mnist(raw, part):
         images = datasets.mnist.read_image_file(f"{raw}/{part}-images-idx3-ubyte")
         labels = datasets.mnist.read_label_file(f"{raw}/{part}-labels-idx1-ubyte")
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-            raise ValueError(f"{len(labels)} labels up to {labels.max()}, images {images.shape}")
+            raise ValueError(f"{len(labels)} labels to {labels.max()}, images {list(images.shape)}")
     except OSError:
         raise
     except Exception as error:
-        raise UserError(f"Cannot use MNIST's {part} files in {raw}: {reason(error)}. "
-                        "Expected 28 x 28 pixels and as many labels, from 0 to 9") from error
+        raise UserError(f"Cannot use MNIST's {part} files in {raw}: {reason(error)}; expected "
+                        "images of 28 x 28 pixels and as many labels, from 0 to 9") from error
     return images.flatten(1), labels
 
 def built_in_digits(count, seed):
@@ -410,8 +410,8 @@ def built_in_digits(count, seed):
     return torch.cat(images), choice % 10  # each font has the glyphs 0 to 9
 
 # %% [markdown]
-# **Messages, the device, files, pictures.** A file is written under another name and then renamed
-# in one atomic step. So there is a complete checkpoint whenever the program dies.
+# **Messages, the device, files, pictures.** A file is written under another name and then renamed.
+# So a checkpoint is never half written, whenever the program dies.
 # %%
 class UserError(ValueError):
     """An error that the user can mend; the message says how."""
@@ -437,7 +437,7 @@ def pick_device(device=None):
     """Returns the given device; for None an accelerator, if it can compute, else the CPU."""
     found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
     chosen = device or found or "cpu"
-    torch.log1p(torch.tensor([-2.0, -1.0, -0.0]))  # until then slow on some AVX-512 CPUs
+    torch.log1p(torch.tensor([-2.0, -1.0, -0.0]))  # until called once, slow on some CPUs
     try:
         weight = torch.ones(2, 2, device=chosen, requires_grad=True)
         (weight @ weight).sum().backward()

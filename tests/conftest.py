@@ -1,4 +1,4 @@
-"""What all tests share: the script as a module, small data, a small trained model, a clean machine."""
+"""What all tests share: the script as a module, small data, a small model, a clean machine."""
 
 import os
 import struct
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-matplotlib_files = tempfile.TemporaryDirectory()  # the user's own may be read-only, or full of settings
-os.environ.update(MPLCONFIGDIR=matplotlib_files.name, OMP_NUM_THREADS="1")  # for subprocesses as well
+matplotlib_files = tempfile.TemporaryDirectory()  # the user's own may be read-only
+os.environ.update(MPLCONFIGDIR=matplotlib_files.name, OMP_NUM_THREADS="1")  # in subprocesses too
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cvae_mnist.py"
 SOURCE = SCRIPT.read_text(encoding="utf-8")
@@ -21,23 +21,26 @@ from torchvision import datasets  # noqa: E402
 
 CHECKPOINT = "cvae_checkpoint.pth"
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+OFFLINE = "http://127.0.0.1:9"
+QUICK = dict(epochs=4, batch_size=32, h_dim=16, z_dim=3, device="cpu")
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def own_machine(tmp_path, monkeypatch):
     """An empty current folder and home, no windows, no settings of matplotlib, no network."""
-    for name in ("here", "home", "rc"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "rc" / "matplotlibrc").touch()
+    home, rc = tmp_path / "home", tmp_path / "rc"
+    for folder in (tmp_path / "here", home, rc):
+        folder.mkdir()
+    (rc / "matplotlibrc").touch()
     monkeypatch.chdir(tmp_path / "here")
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "FORCE_COLOR", "PYTHONUNBUFFERED"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"MPLBACKEND": "agg", "MATPLOTLIBRC": tmp_path / "rc", "HOME": tmp_path / "home",
-                        "USERPROFILE": tmp_path / "home", "http_proxy": "http://127.0.0.1:9",
-                        "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}.items():
+    variables = dict(MPLBACKEND="agg", MATPLOTLIBRC=rc, HOME=home, USERPROFILE=home,
+                     http_proxy=OFFLINE, https_proxy=OFFLINE, no_proxy="127.0.0.1")
+    for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [f"{OFFLINE}/"])
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def device(request):
 
 
 def write_mnist(folder, train, test):
-    """Writes (images [N, 784], labels [N]) pairs as MNIST's four files, in torchvision's layout."""
+    """Writes (images [N, 784], labels [N]) pairs as MNIST's four files, as torchvision does."""
     raw = Path(folder, "MNIST", "raw")
     raw.mkdir(parents=True, exist_ok=True)
     for part, (images, labels) in ("train", train), ("t10k", test):
@@ -77,14 +80,14 @@ def data(tmp_path_factory, digits):
 @pytest.fixture
 def quick(data):
     """Arguments that make train_cvae quick."""
-    return dict(epochs=4, batch_size=32, h_dim=16, z_dim=3, data_dir=data, device="cpu")
+    return {**QUICK, "data_dir": data}
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data):
     """A folder with what four quick epochs leave behind. Read only."""
     folder = tmp_path_factory.mktemp("trained")
-    cvae_mnist.train_cvae(4, batch_size=32, h_dim=16, z_dim=3, data_dir=data, out_dir=folder, device="cpu")
+    cvae_mnist.train_cvae(**QUICK, data_dir=data, out_dir=folder)
     return folder
 
 
@@ -97,8 +100,8 @@ def mnist_root():
 
 def run(*arguments, script=SCRIPT, env=(), **options):
     """Runs the script as a user would, in the current folder; its output is bytes."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, **dict(env)}, capture_output=True, timeout=100, **options)
+    options |= dict(env={**os.environ, **dict(env)}, capture_output=True, timeout=100)
+    return subprocess.run([sys.executable, str(script), *map(str, arguments)], **options)
 
 
 def load(folder):
@@ -107,10 +110,8 @@ def load(folder):
 
 def same(one, other):
     """Whether nested dicts and lists of tensors and plain values are equal to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

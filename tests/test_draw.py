@@ -1,67 +1,69 @@
 """inference_cvae and restyle_cvae: what they return, and what is on the pictures."""
 
-import io
+import shutil
+import socket
 
 import matplotlib
 import pytest
 import torch
-from conftest import CHECKPOINT, load
+from conftest import CHECKPOINT, load, write_mnist
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import cvae_mnist
-from cvae_mnist import UserError, generate, inference_cvae, load_checkpoint, restyle_cvae, save_grid, save_losses
+from cvae_mnist import UserError, generate, inference_cvae, load_checkpoint, restyle_cvae
+
+ABOUT = {"dataset": "nothing", "epoch": 7, "hyperparameters": {}}
 
 
 @pytest.fixture
 def plain(here):
     """The current folder, with the checkpoint of a plain VAE."""
-    model = cvae_mnist.CVAE(784, 16, 3, 0)
     sizes = dict(h_dim=16, z_dim=3, num_classes=0)
-    torch.save({"model_state_dict": model.state_dict(), "hyperparameters": sizes, "epoch": 5}, here / CHECKPOINT)
+    state = cvae_mnist.CVAE(784, **sizes).state_dict()
+    torch.save({"model_state_dict": state, "hyperparameters": sizes, "epoch": 5}, CHECKPOINT)
     return here
 
 
 @pytest.fixture
-def texts(monkeypatch):
-    """The texts on each figure that is saved."""
-    texts, real = [], Figure.savefig
+def figures(monkeypatch):
+    """The figures that were saved, each with its visible texts."""
+    figures, real = [], Figure.savefig
 
     def savefig(figure, *arguments, **options):
         real(figure, *arguments, **options)
-        texts.append([text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()])
+        texts = [text.get_text() for text in figure.findobj(Text) if text.get_visible()]
+        figures.append((figure, [text for text in texts if text]))
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    return texts
+    return figures
 
 
-def pixels(path):
-    """A picture as a tensor [height, width, 3], 0 to 255."""
-    with Image.open(path) as picture:
-        return torch.tensor(list(picture.convert("RGB").getdata())).view(picture.height, picture.width, 3)
-
-
-# What is drawn
+def difference(path, color):
+    """How far each pixel [height, width] of a picture is from a color (0 to 255)."""
+    pixels = pil_to_tensor(Image.open(path).convert("RGB")).int()
+    return (pixels - torch.tensor(color).view(3, 1, 1)).abs().sum(0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0])
-def test_inference_decodes_z_times_temperature_with_the_labels(trained, here, device, temperature):
-    options = dict(temperature=temperature, seed=1, out_dir=trained, device=device)
+def test_inference_decodes_z_times_temperature_with_the_labels(trained, device, temperature):
     _, model = load_checkpoint(trained)
     z = temperature * torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(inference_cvae(**options), generate(model, z, range(10)), atol=1e-4)
-    assert torch.allclose(inference_cvae(input=99, **options), generate(model, z, range(10)), atol=1e-4)
-    assert torch.allclose(inference_cvae(input=6, flag=True, **options), generate(model, z, [6] * 10), atol=1e-4)
+    for digit, flag, labels in (6, False, range(10)), (99, False, range(10)), (6, True, [6] * 10):
+        images = inference_cvae(digit, flag, temperature, 1, trained, device)
+        assert torch.allclose(images, generate(model, z, labels), atol=1e-4)
     assert (trained / "CVAE_6.png").exists() and (trained / "CVAE_0-9.png").exists()
 
 
 def test_drawings_are_new_unless_seeded(trained):
-    torch.manual_seed(0)  # as train_cvae leaves it
-    drawn = [inference_cvae(seed=seed, out_dir=trained, device="cpu") for seed in (None, None, 5, 6, 5)]
-    assert torch.equal(drawn[2], drawn[4])
-    assert not any(torch.equal(drawn[i], drawn[j]) for i in range(4) for j in range(i))
+    drawn = []
+    for seed in (5, None, None, 6, 5):
+        torch.manual_seed(0)  # as train_cvae leaves it
+        drawn.append(inference_cvae(seed=seed, out_dir=trained, device="cpu"))
+    assert torch.equal(drawn[0], drawn[4]) and len(torch.stack(drawn).unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize("digit", [10, -1, 6.5, 6.0, "6", None], ids=repr)
@@ -70,54 +72,47 @@ def test_a_digit_that_is_none_is_an_error(trained, digit):
         inference_cvae(digit, flag=True, out_dir=trained)
 
 
-def test_a_plain_vae_draws_ten_digits_and_none_that_is_asked_for(plain, data, texts):
-    assert inference_cvae().shape == (10, 1, 28, 28)
-    assert restyle_cvae(data_dir=data).shape == (10, 2, 1, 28, 28)
-    assert texts == [["VAE on unknown data, epoch 5"], ["original", "redrawn", "VAE on unknown data, epoch 5"]]
-    with pytest.raises(UserError, match="digit 6"):
-        inference_cvae(6, flag=True)
-
-
-def test_restyle_shows_originals_and_their_style_with_every_label(trained, data, digits, device):
-    images, labels = digits[1]
-    rows = restyle_cvae(data_dir=data, out_dir=trained, device=device)
-    first = [labels.tolist().index(digit) for digit in range(10)]
-    assert rows.shape == (10, 11, 1, 28, 28) and torch.equal(rows[:, 0].flatten(1), images[first] / 255)
-    _, model = load_checkpoint(trained)
-    mu, _ = model.encode(rows[:, 0], torch.eye(10))
-    for label in range(10):
-        assert torch.allclose(rows[:, 1 + label], generate(model, mu, [label] * 10), atol=1e-4)
-    chosen = restyle_cvae([5, 3, 5], data, trained, device)
-    assert torch.equal(chosen[:, 0].flatten(1), images[[5, 3, 5]] / 255)
-
-
 @pytest.mark.parametrize("indices", [[], [200], [1.5], 5], ids=repr)
 def test_indices_that_are_none_are_an_error(trained, data, indices):
     with pytest.raises((UserError, IndexError, TypeError)):
         restyle_cvae(indices, data, trained)
 
 
-def test_a_data_set_without_some_digits_is_restyled(trained, digits, here):
-    from conftest import write_mnist
+def test_a_plain_vae_draws_ten_digits_and_none_that_is_asked_for(plain, data, figures):
+    assert inference_cvae().shape == (10, 1, 28, 28)
+    assert restyle_cvae(data_dir=data).shape == (10, 2, 1, 28, 28)
+    title = "VAE on unknown data, epoch 5"
+    assert [texts for _, texts in figures] == [[title], ["original", "redrawn", title]]
+    with pytest.raises(UserError, match="digit 6"):
+        inference_cvae(6, flag=True)
 
+
+def test_restyle_shows_originals_and_their_style_with_every_label(
+        trained, data, digits, here, device):
     images, labels = digits[1]
+    rows = restyle_cvae(data_dir=data, out_dir=trained, device=device)
+    first = [labels.tolist().index(digit) for digit in range(10)]
+    _, model = load_checkpoint(trained)
+    mu, _ = model.encode(images[first] / 255, torch.eye(10))
+    redrawn = [generate(model, mu, [label] * 10) for label in range(10)]
+    expected = torch.stack([images[first].view(10, 1, 28, 28) / 255, *redrawn], dim=1)
+    assert rows.shape == expected.shape and torch.allclose(rows, expected, atol=1e-4)
+    chosen = restyle_cvae([5, 3, 5], data, trained, device)
+    assert torch.equal(chosen[:, 0].flatten(1), images[[5, 3, 5]] / 255)
     threes = images[labels == 3], labels[labels == 3]
-    assert restyle_cvae(data_dir=write_mnist(here, threes, threes), out_dir=trained).shape[0] == 1
+    assert len(restyle_cvae(None, write_mnist(here, threes, threes), trained, device)) == 1
 
 
-def test_a_model_of_built_in_digits_restyles_built_in_test_digits(trained, here, data, monkeypatch):
+def test_a_model_of_built_in_digits_restyles_those_it_was_not_trained_on(trained, data):
     torch.save({**load(trained), "dataset": cvae_mnist.BUILT_IN}, CHECKPOINT)
-    seeds, real = [], cvae_mnist.built_in_digits
-    monkeypatch.setattr(cvae_mnist, "built_in_digits", lambda count, seed: seeds.append(seed) or real(count // 100, seed))
-    restyle_cvae(data_dir=data)
-    assert seeds == [1]  # those that it was not trained on
+    images, _ = cvae_mnist.built_in_digits(10_000, seed=1)
+    assert torch.equal(restyle_cvae([7], data)[:, 0].flatten(1), images[[7]] / 255)
 
 
-def test_calls_leave_the_process_as_it_was(trained, data, quick):
-    import socket
-
+def test_calls_leave_the_process_as_it_was(data, quick):
     def state():
-        return dict(matplotlib.rcParams.copy()), socket.getdefaulttimeout(), plt.get_fignums(), torch.is_grad_enabled()
+        settings = dict(matplotlib.rcParams.copy())
+        return settings, socket.getdefaulttimeout(), plt.get_fignums(), torch.is_grad_enabled()
 
     before = state()
     cvae_mnist.train_cvae(**{**quick, "epochs": 1})
@@ -128,88 +123,60 @@ def test_calls_leave_the_process_as_it_was(trained, data, quick):
     assert state() == before
 
 
-# What is on a picture
-
-CHECKPOINT_OF_NOTHING = {"dataset": "nothing", "epoch": 7, "hyperparameters": {}}
-
-
-def test_a_grid_shows_every_image_in_its_place_its_shade_and_its_box(here, texts):
-    images = torch.linspace(0, 0.7, 6).view(6, 1, 1, 1).expand(6, 1, 28, 28)  # pale: no white, no black
-    save_grid(here / "grid.png", images, CHECKPOINT_OF_NOTHING, ["one", "two", "three"], boxes=[(1, 2)])
-    assert texts == [["one", "two", "three", "CVAE on nothing, epoch 7"]]
-    picture = pixels("grid.png")
-    red = (picture - torch.tensor([214, 39, 40])).abs().sum(2) < 30
-    box = red.nonzero()
-    (top, left), (bottom, right) = box.min(0).values.tolist(), box.max(0).values.tolist()
+def test_a_grid_shows_every_image_in_its_place_its_shade_and_its_box(here, figures):
+    shades = torch.linspace(0, 0.7, 6)  # pale: no white, no black
+    images, path = shades.view(6, 1, 1, 1).expand(6, 1, 28, 28), here / "grid.png"
+    cvae_mnist.save_grid(path, images, ABOUT, ["one", "two", "three"], boxes=[(1, 2)])
+    assert figures[0][1] == ["one", "two", "three", "CVAE on nothing, epoch 7"]
+    red = (difference(path, [214, 39, 40]) < 30).nonzero()
+    (top, left), (bottom, right) = red.min(0).values.tolist(), red.max(0).values.tolist()
     size = (bottom - top) * 30 / 29  # from one image to the next, in pixels of the picture
-    for number, image in enumerate(images):
+    for number, shade in enumerate(shades.tolist()):
         row = (top + bottom) / 2 - (1 - number // 3) * size
         column = (left + right) / 2 - (2 - number % 3) * size
-        expected = 255 * (1 - image[0, 0, 0].item())
-        assert picture[round(row), round(column)].float().mean().item() == pytest.approx(expected, abs=3)
+        from_black = difference(path, [0, 0, 0])[round(row), round(column)].item() / 3
+        assert from_black == pytest.approx(255 * (1 - shade), abs=3)
 
 
-def test_samples_are_a_column_per_digit_and_a_row_per_style(trained, here, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cvae_mnist, "save_grid", lambda path, images, checkpoint, captions: seen.append((images, captions)))
-    checkpoint, model = load_checkpoint(trained)
-    cvae_mnist.save_samples(here / "a.png", model, checkpoint)
-    cvae_mnist.save_samples(here / "b.png", model, checkpoint)
-    (images, captions), (again, _) = seen
-    assert torch.equal(images, again) and len(images.unique(dim=0)) == 100 and list(captions) == list(range(10))
+def test_samples_are_a_column_per_digit_and_a_row_per_style(trained, plain, monkeypatch):
+    grids = []
+    monkeypatch.setattr(cvae_mnist, "save_grid", lambda *arguments: grids.append(arguments))
+    for folder in (trained, trained, plain):
+        checkpoint, model = load_checkpoint(folder)
+        cvae_mnist.save_samples(plain / "samples.png", model, checkpoint)
+    (_, images, _, captions), (_, again, *_), (_, of_plain, *_) = grids
+    assert torch.equal(images, again) and list(captions) == list(range(10))
+    assert len(images.unique(dim=0)) == len(of_plain.unique(dim=0)) == 100
+    _, model = load_checkpoint(trained)
     z = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))[:10]
     for digit in range(10):
         assert torch.allclose(images[digit::10], generate(model, z, [digit] * 10), atol=1e-6)
 
 
-def test_samples_of_a_plain_vae_are_a_hundred_different_ones(plain, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cvae_mnist, "save_grid", lambda path, images, *_: seen.append(images))
-    checkpoint, model = load_checkpoint(plain)
-    cvae_mnist.save_samples(plain / "a.png", model, checkpoint)
-    assert len(seen[0].unique(dim=0)) == 100
-
-
 @pytest.mark.parametrize("epochs", [1, 5])
-def test_the_loss_figure_shows_the_history(here, texts, epochs, monkeypatch):
-    figures = []
-    monkeypatch.setattr(cvae_mnist, "save_figure", lambda path, figure, checkpoint: figures.append(figure))
-    history = {"train_loss": [50.0, 30, 20, 15, 12], "reconstruction": [40.0, 10, 5, 4, 3], "kl": [10.0, 20, 15, 11, 9],
-               "test_loss": [60.0, 40, 30, 25, 22]}
-    history = {name: losses[:epochs] for name, losses in history.items()}
-    save_losses(here / "loss.png", {**CHECKPOINT_OF_NOTHING, "history": history})
-    lines = {line.get_label(): line for axes in figures[0].axes for line in axes.get_lines()}
-    for name, losses in history.items():
-        line = lines[f"{name}: {losses[-1]:.2f}"]
-        assert list(line.get_ydata()) == losses and list(line.get_xdata()) == list(range(1, epochs + 1))
-    assert lines[f"train_loss: {history['train_loss'][-1]:.2f}"].axes is lines[f"test_loss: {history['test_loss'][-1]:.2f}"].axes
-    picture = io.BytesIO()
-    figures[0].savefig(picture)
-    colors = pixels(picture).float()
-    blue = (colors - torch.tensor([31.0, 119, 180])).abs().sum(2) < 30
-    assert blue[:, 60 : int(0.95 * blue.shape[1])].sum() > 100  # after one epoch as well
-
-
-SETTINGS = """
-text.usetex: True
-savefig.format: pdf
-savefig.dpi: 300
-savefig.bbox: tight
-font.size: 30
-axes.facecolor: black
-image.cmap: jet
-"""
+def test_the_loss_figure_shows_the_history(here, figures, epochs):
+    names = ["train_loss", "reconstruction", "kl", "test_loss"]
+    history = {name: (50 * torch.rand(epochs)).tolist() for name in names}
+    cvae_mnist.save_losses(here / "loss.png", {**ABOUT, "history": history})
+    lines = {line.get_label(): line for axes in figures[0][0].axes for line in axes.get_lines()}
+    drawn = [lines[f"{name}: {losses[-1]:.2f}"] for name, losses in history.items()]
+    for line, losses in zip(drawn, history.values(), strict=True):
+        assert line.get_ydata().tolist() == losses
+        assert line.get_xdata().tolist() == list(range(1, epochs + 1))
+        assert line.get_marker() == "."  # without it, one epoch would not be seen
+    assert drawn[0].axes is drawn[3].axes
 
 
 def test_a_matplotlibrc_changes_no_picture(trained, here):
     def draw():
         inference_cvae(seed=1, device="cpu")
-        save_losses(here / "loss.png", load(here))
+        cvae_mnist.save_losses(here / "loss.png", load(here))
         return (here / "CVAE_0-9.png").read_bytes(), (here / "loss.png").read_bytes()
 
-    (here / CHECKPOINT).write_bytes((trained / CHECKPOINT).read_bytes())
+    shutil.copy(trained / CHECKPOINT, here)
     before = draw()
-    (here / "rc").write_text(SETTINGS)
-    with matplotlib.rc_context(fname=str(here / "rc")):
+    settings = {"text.usetex": True, "savefig.format": "pdf", "savefig.dpi": 300, "font.size": 30,
+                "savefig.bbox": "tight", "axes.facecolor": "black", "image.cmap": "jet"}
+    with matplotlib.rc_context(settings):
         assert draw() == before
     assert before[0].startswith(b"\x89PNG")
