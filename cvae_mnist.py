@@ -220,8 +220,8 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
     """Trains a CVAE (num_classes=0: a plain VAE) and returns it, with the averaged weights.
 
     Saves in out_dir: cvae_checkpoint.pth after every epoch, cvae_results/epoch_N.png after every
-    tenth and the last, CVAE_loss.png at the end. resume=True continues from the checkpoint; on a
-    CPU the weights are the same, bit for bit, as if never stopped. Seeds PyTorch."""
+    tenth and the last, CVAE_loss.png at the end. resume=True continues from the checkpoint, on a
+    CPU to the same weights, bit for bit, as if never stopped. Seeds PyTorch. Raises UserError."""
     if epochs < 1 or num_classes not in (0, 10):
         raise UserError(f"epochs must be >= 1 and num_classes 10 or 0, got {epochs}, {num_classes}")
     hyperparameters = dict(learning_rate=float(learning_rate), batch_size=index(batch_size),
@@ -247,7 +247,7 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
     for epoch in range(len(history["test_loss"]) + 1, epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(index(seed) + 1_000_000 * epoch)  # the same in a resumed run
-        optimizer.param_groups[0]["lr"] = float(learning_rate) * min(1, epoch / 2)  # 1: half
+        optimizer.param_groups[0]["lr"] = float(learning_rate) * min(1, epoch / 2)  # first: half
         losses = train_epoch(model, optimizer, images, labels, hyperparameters["batch_size"])
         for step, loss in enumerate(losses, start=(epoch - 1) * steps):  # this loop trains
             if step % 10 == 0 or (step + 1) % steps == 0:
@@ -293,7 +293,7 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
     """Draws the digits 0 to 9 or, with flag=True, ten different drawings of the digit `input`.
 
     Saves CVAE_0-9.png or, say, CVAE_6.png, and returns its images [10, 1, 28, 28] in [0, 1], on the
-    CPU. seed=None: new z's at each call. (`input` and `flag` are a well-known tutorial's names.)"""
+    CPU. seed=None: new z's. (`input` and `flag` are a tutorial's names.) Raises UserError."""
     checkpoint, model = load_checkpoint(out_dir)
     if flag and index(input) not in range(model.num_classes):
         raise UserError(f"Cannot draw the digit {input}: the model has {model.num_classes} labels")
@@ -318,7 +318,7 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
 
     indices: a list of test images; None: the first of each digit. Saves CVAE_styles.png, returns
     its images [rows, 11, 1, 28, 28] in [0, 1], on the CPU: the original, then 0 to 9; of a plain
-    VAE, which can only reconstruct, [rows, 2, 1, 28, 28]."""
+    VAE, which can only reconstruct, [rows, 2, 1, 28, 28]. Raises UserError or IndexError."""
     checkpoint, model = load_checkpoint(out_dir)
     if checkpoint["dataset"] == BUILT_IN:
         images, labels = built_in_digits(10_000, seed=1)

@@ -173,8 +173,8 @@ def test_where_windows_cannot_be_opened_the_run_has_succeeded(trained, here, mon
 
 
 def test_importing_does_nothing(here):
-    code = ("import os, sys, matplotlib as mpl, torch; sys.argv = []; before = torch.get_rng_state()\n"
-            "import cvae_mnist; print(torch.equal(before, torch.get_rng_state()), "
+    code = ("import os, sys, matplotlib as mpl, torch; sys.argv = []; rng = torch.get_rng_state()\n"
+            "import cvae_mnist; print(torch.equal(rng, torch.get_rng_state()), "
             "'matplotlib.pyplot' in sys.modules, mpl.get_backend(), os.getenv('GOMP_SPINCOUNT'))")
     mine = {"PYTHONPATH": str(SCRIPT.parent), "GOMP_SPINCOUNT": "77", "MPLBACKEND": "svg"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | mine)
