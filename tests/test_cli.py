@@ -1,5 +1,6 @@
 """The command line: options, messages, Ctrl-C, terminals, pipes, windows."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -185,6 +186,7 @@ def test_importing_does_nothing(here):
 @pytest.mark.parametrize("magic", ["", "-i "])
 def test_ipythons_run_is_a_command_line(data, here, magic):
     shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    atexit.unregister(shell.atexit_operations)  # it would write its history
     command = f'%run {magic}"{SCRIPT}" train --epochs 1 --data-dir "{data}" {SMALL}'
     assert not shell.run_cell(command).error_in_exec
     assert load(here)["epoch"] == 1 and not (here / "CVAE_6.png").exists()
