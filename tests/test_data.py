@@ -172,3 +172,14 @@ def test_built_in_digits_are_like_mnist_differ_and_can_be_read():
     assert all(right[answers == digit].float().mean() > 0.5 for digit in range(10))
     assert len(torch.cat([images, others]).unique(dim=0)) == 3500
     assert torch.equal(built_in_digits(3000, seed=0)[0], images)
+
+
+def test_built_in_digits_are_shifted_and_bent(monkeypatch):
+    images, _ = built_in_digits(2000, seed=0)
+    square = images.view(-1, 28, 28) / 255
+    center = (square.sum(dim=1) @ torch.arange(28.0)) / square.sum(dim=(1, 2))
+    assert center.std() > 1.2  # pixels; the bend alone moves it by less
+    interpolate = torch.nn.functional.interpolate
+    straight = lambda *field, **options: 0 * interpolate(*field, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "interpolate", straight)
+    assert not torch.equal(built_in_digits(2000, seed=0)[0], images)
