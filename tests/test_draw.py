@@ -169,6 +169,7 @@ def test_the_loss_figure_shows_the_history(here, figures, epochs):
         assert line.get_xdata().tolist() == list(range(1, epochs + 1))
         assert line.get_marker() == "."  # without it, one epoch would not be seen
     assert drawn[0].axes is drawn[3].axes
+    assert len({line.axes for line in drawn}) == 3
 
 
 def test_a_matplotlibrc_changes_no_picture(trained, here):
