@@ -148,8 +148,9 @@ def test_samples_are_a_column_per_digit_and_a_row_per_style(trained, plain, monk
     for folder in (trained, trained, plain):
         checkpoint, model = load_checkpoint(folder)
         cvae_mnist.save_samples(plain / "samples.png", model, checkpoint)
-    (_, images, _, captions), (_, again, *_), (_, of_plain, *_) = grids
+    (_, images, _, captions), (_, again, *_), (_, of_plain, _, no_captions) = grids
     assert torch.equal(images, again) and list(captions) == list(range(10))
+    assert list(no_captions) == [""] * 10  # a plain VAE's digits have no label
     assert len(images.unique(dim=0)) == len(of_plain.unique(dim=0)) == 100
     _, model = load_checkpoint(trained)
     z = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))[:10]
