@@ -3,8 +3,8 @@
 # A variational autoencoder (VAE) has two parts. The *encoder* describes an image by a short list of
 # numbers, the *latent* (hidden) *vector* `z`. The *decoder* turns a `z` back into an image. In a
 # *conditional* VAE (CVAE) both are also given the label `c`: which digit it is. So `z` need only
-# describe the style: slant, width, thickness. After training, sample a `z`, choose a label, decode
-# them: a new handwritten digit.
+# describe the style: slant, width, thickness. After training, any label and a random `z` decode to
+# a new digit.
 # ```text
 #                   encoder                                  decoder
 #  image x ───┐                ┌─► mu ──────┐
@@ -12,8 +12,8 @@
 #  label c ─┬─┘                └─► log_var ─┘            ├─► ReLU (600) ──► sigmoid (784): image
 #           └────────────────────────────────────────────┘
 # ```
-# Part 1 is the idea. Part 2 trains a model on MNIST and draws with it. The appendix is the rest:
-# data, files, pictures, the command line. In a notebook, only the last cell starts training.
+# Part 1 is the idea. Part 2 trains a model and draws with it. The appendix is the rest. Run the
+# file, or use it as a notebook: each `# %%` begins a cell, and only the last one starts training.
 # %%
 # /// script
 # requires-python = ">=3.10"
@@ -46,23 +46,23 @@ from torchvision.utils import make_grid
 
 # %% [markdown]
 # ## Part 1: the idea
-# An image `x` is 28 x 28 = 784 numbers from 0 (black) to 1 (white). A label `c` is *one-hot*: ten
-# numbers, 1 in the digit's place and 0 elsewhere. It is appended to `x` and to `z`. The decoder
-# returns for each pixel the probability that it is white. Shown as shades of gray, these
-# probabilities are the image. (In the code, `x [B, 784]` is a batch of B images.)
+# An image `x` is 28 x 28 = 784 gray values from 0 (black) to 1 (white). A label `c` is *one-hot*:
+# ten numbers, 1 in the digit's place and 0 elsewhere. It is appended to `x` and to `z`. The decoder
+# returns for each pixel the probability that it is white. They are shown as gray values; those of
+# `x`, in turn, count as probabilities. (`x [B, 784]` is a batch of B images.)
 #
 # The encoder does not return one point `z` but a normal distribution over `z`, with a mean `mu` and
 # a variance for each of the 50 latent dimensions. Why? If it returned points, nothing would make
-# the points between them decode to digits. With a distribution, the decoder is given another `z`
-# near the mean each time, and must draw this image from all of them. The loss (below) also pulls
-# every distribution towards the standard normal, so variances cannot vanish and means cannot drift
-# apart. So they overlap, and after training a `z` from the standard normal decodes to a digit. A
-# variance is positive, but a layer may return any number. So the encoder returns its logarithm
-# `log_var`.
+# the points between them decode to digits. With a distribution, another `z` near the mean is
+# sampled each time an image is used, and the decoder must draw the image from all of them. The loss
+# (below) also pulls every distribution towards the standard normal: no variance can vanish, no mean
+# can drift away. So the distributions overlap and together fill the standard normal, and after
+# training a `z` from it decodes to a digit. A variance is positive, but a layer may return any
+# number. So the encoder returns the logarithm of the variance, `log_var`.
 #
 # In training, `z` is sampled from this distribution. But a random draw has no gradient for `mu` and
-# `log_var`. Hence the *reparameterization trick*: sample standard normal noise, multiply it by the
-# standard deviation exp(`log_var` / 2), and add `mu`. These steps are differentiable.
+# `log_var`. Hence the *reparameterization trick*: sample standard normal noise, which does not
+# depend on them, multiply it by the standard deviation exp(`log_var` / 2), and add `mu`.
 # %%
 class CVAE(nn.Module):
     """A conditional VAE with one hidden layer in each part. num_classes=0: a plain VAE, no label.
@@ -117,39 +117,39 @@ class CVAE(nn.Module):
 # %% [markdown]
 # ### The loss
 # The model is made of three distributions. (p(a|b) is the probability of a, given b.) The *prior*
-# p(z) is what we assume of `z` before we see an image: standard normal. The decoder is p(x|z,c):
-# each pixel is white with its probability, else black. The encoder is q(z|x,c): independent normals
-# with mean `mu` and variance exp(`log_var`).
+# p(z) is what we assume of `z` before we see an image: standard normal, whatever the label. The
+# decoder is p(x|z,c): each pixel is white with its probability, else black. The encoder is
+# q(z|x,c): independent normals with mean `mu` and variance exp(`log_var`).
 #
 # Training should make the training images probable: raise log p(x|c). But p(x|c) is the mean of
 # p(x|z,c) over all `z` from the prior, and we cannot estimate it, since hardly any random `z` fits
-# a given image. The encoder knows which ones do. With E for the mean over `z` sampled from q:
+# a given image. The encoder learns which ones do. With E for the mean over `z` sampled from q:
 # ```text
-# log p(x|c) = log E[ p(x|z,c) p(z) / q(z|x,c) ]      p(z) / q, as E weights each z by q: q cancels
+# log p(x|c) = log E[ p(x|z,c) p(z) / q(z|x,c) ]      E weights z by q: p(z) / q corrects it
 #           >= E[ log( p(x|z,c) p(z) / q(z|x,c) ) ]   Jensen: log is concave, log(mean) >= mean(log)
 #            = E[ log p(x|z,c) ] - KL                 where KL = E[ log( q(z|x,c) / p(z) ) ]
 # ```
-# This is the *evidence lower bound* (ELBO; the evidence is p(x|c)). We minimize -ELBO, the sum of
-# two terms. The first is the *reconstruction loss*, -E[ log p(x|z,c) ]. For a pixel x with
-# probability p it is -x log p - (1 - x) log(1 - p), the *binary cross-entropy*. If x is gray, this
-# is not 0 even for p = x. The second is the *Kullback-Leibler (KL) divergence* of q from the prior.
-# It is 0 if they are equal: then `z` tells nothing about the image. It grows as `z` tells more. So
-# the first term asks that `z` says much about the image. The second asks that it says little, and
-# looks like a sample from the prior.
+# This is the *evidence lower bound* (ELBO; the evidence is p(x|c)). It equals log p(x|c) if q is
+# p(z|x,c): then the ratio is p(x|c) for every `z`. We minimize -ELBO, the sum of two terms. The
+# first is the *reconstruction loss*, -E[ log p(x|z,c) ]. For a pixel of gray value g, white with
+# probability w, it is -g log w - (1-g) log(1-w), the *binary cross-entropy*. (Of a gray pixel it is
+# never 0, not even if w = g.) The second is the *Kullback-Leibler (KL) divergence* of q from the
+# prior. It is 0 if they are equal and grows as `z` tells more about the image. So the first term
+# asks that `z` says much about the image, the second that it is like any sample from the prior.
 #
-# One sample of `z` per image is enough for E: the noise averages out over many steps. Pixels (given
-# `z`) and latent dimensions are independent, so probabilities multiply and logarithms add: the
-# first term is a sum over the pixels, the second over the dimensions. The unit is the *nat*.
+# For the first term, one sample of `z` per image is enough: the noise averages out over many steps.
+# The second has a formula. In this model, pixels (given `z`) and latent dimensions are independent,
+# so log-probabilities add: the terms are sums. With natural logarithms, the unit is the *nat*.
 # %%
 def negative_elbo(model, x, c):
-    """x [B, 784], c [B, num_classes] -> reconstruction loss [B] and KL divergence [B], in nats.
+    """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss, KL [B], in nats.
 
     Kingma and Welling, section 2.2 (the bound) and appendix B (E[ log(q / p) ] of two normals).
     The cross-entropy of logits avoids log(0) where a probability is rounded to 0."""
     mu, log_var = model.encode(x, c)
     logits = model.decode_logits(model.reparameterize(mu, log_var), c)
     losses = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none")
-    kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(dim=1)  # 0 if q is the prior
+    kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(dim=1)  # the formula
     return losses.sum(dim=1), kl
 
 # %% [markdown]
@@ -160,7 +160,7 @@ def negative_elbo(model, x, c):
 def train_epoch(model, optimizer, images, labels, batch_size):
     """A generator: it trains on images (uint8 [N, 784]) and labels [N] while you loop over it.
 
-    Yields each batch's loss (a scalar tensor, in nats per image), computed before its step."""
+    Yields each batch's loss (a scalar tensor, in nats per image) as it was before the step."""
     for indices in torch.randperm(len(images), device=images.device).split(batch_size):
         model.train()  # matters only if you add Dropout or BatchNorm
         x = images[indices] / 255
@@ -174,14 +174,14 @@ def train_epoch(model, optimizer, images, labels, batch_size):
         yield loss.detach()
 
 # %% [markdown]
-# After training, the encoder is not needed. Sample `z` from the prior, choose labels, decode.
+# To draw, the encoder is not needed. Sample `z` from the prior, choose labels, decode.
 # %%
 @torch.no_grad()
 def generate(model, z, labels):
     """z [N, z_dim] and N labels (integers) -> images [N, 1, 28, 28] in [0, 1], on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # the CPU rejects wrong labels
+    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # the CPU reports a wrong label
     return model.decode(z.to(device), c.to(device)).view(-1, 1, 28, 28).cpu()
 
 # %% [markdown]
@@ -190,7 +190,7 @@ def generate(model, z, labels):
 # name, (images, labels), test = load_digits("./mnist")  # from the appendix; downloads MNIST
 # model = CVAE()
 # optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-# for epoch in range(10):  # about a minute on two CPU cores
+# for epoch in range(10):  # about a minute on two CPU cores; the loss falls to about 101
 #     losses = [loss.item() for loss in train_epoch(model, optimizer, images, labels, 256)]
 #     print(epoch, sum(losses) / len(losses))
 # grid = make_grid(1 - generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
@@ -198,16 +198,16 @@ def generate(model, z, labels):
 # ```
 # ## Part 2: train, then draw
 # With a constant learning rate the weights keep moving around an optimum. Their mean over many
-# steps is closer to it. So a second model, the average, holds it over about the last tenth of all
-# steps. It is used to evaluate, save and draw. Without it, the test loss is 2.4 nats higher.
+# steps is closer to it. So a second model, `average`, has the mean weights of about the last tenth
+# of all steps. It is used to evaluate, save and draw. Without it, the test loss is 2.4 nats higher.
 # %%
 @torch.no_grad()
 def update_average(average, model, step):
-    """Call it at every tenth step and each epoch's last. Forgets after about step / 10 steps."""
-    means = average.state_dict()
+    """Call it at every tenth step, and at the last one of an epoch."""
+    means = average.state_dict()  # not a copy: what changes below are the weights of `average`
     for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            means[name].lerp_(value, 100 / (100 + step))  # mean += (value - mean) * 100 / ...
+        if value.is_floating_point():  # not BatchNorm's counter, if you add a BatchNorm
+            means[name].lerp_(value, 100 / (100 + step))  # 10 of the last 10 + step / 10 steps
 
 # %% [markdown]
 # ### Train
@@ -226,7 +226,7 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
         raise UserError(f"epochs must be >= 1 and num_classes 10 or 0, got {epochs}, {num_classes}")
     hyperparameters = dict(learning_rate=float(learning_rate), batch_size=index(batch_size),
                            h_dim=index(h_dim), z_dim=index(z_dim), num_classes=index(num_classes),
-                           seed=index(seed))  # index(): an int, also from numpy's integers
+                           seed=index(seed))  # index(): numpy's integers become int
     device = pick_device(device)
     path = Path(out_dir).expanduser() / "cvae_checkpoint.pth"
     checkpoint = read_checkpoint(path) if resume else {}
@@ -234,20 +234,20 @@ def train_cvae(epochs=100, batch_size=256, learning_rate=3e-3, h_dim=600, z_dim=
     model = CVAE(784, h_dim, z_dim, num_classes).to(device)
     average = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
-    states = {"model_state_dict": average, "training_state_dict": model,  # the average is to use
+    states = {"model_state_dict": average, "training_state_dict": model,  # average: to use
               "optimizer_state_dict": optimizer}
     path.with_name("cvae_results").mkdir(parents=True, exist_ok=True)
     dataset, *sets = load_digits(data_dir)
     (images, labels), test_set = [[part.to(device) for part in pair] for pair in sets]
     history = (restore(checkpoint, states, epochs, hyperparameters, dataset) if resume
-               else start_over(path))
+               else start_over(path))  # restore also loads the weights
     say(f"{dataset}: {len(images):,} training, {len(test_set[0]):,} test images. Device: {device}")
     say(f"{path} is saved after every epoch; use resume=True (--resume) to continue")
     steps = math.ceil(len(images) / batch_size)
     for epoch in range(len(history["test_loss"]) + 1, epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(index(seed) + 1_000_000 * epoch)  # the same in a resumed run
-        optimizer.param_groups[0]["lr"] = float(learning_rate) * min(1, epoch / 2)  # first: half
+        torch.manual_seed(index(seed) + 1_000_000 * epoch)  # the epoch's own, resumed or not
+        optimizer.param_groups[0]["lr"] = float(learning_rate) * min(1, epoch / 2)  # epoch 1: half
         losses = train_epoch(model, optimizer, images, labels, hyperparameters["batch_size"])
         for step, loss in enumerate(losses, start=(epoch - 1) * steps):  # this loop trains
             if step % 10 == 0 or (step + 1) % steps == 0:
@@ -293,16 +293,16 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".",
     """Draws the digits 0 to 9 or, with flag=True, ten different drawings of the digit `input`.
 
     Saves CVAE_0-9.png or, say, CVAE_6.png, and returns its images [10, 1, 28, 28] in [0, 1], on the
-    CPU. seed=None: new z's. (`input` and `flag` are a tutorial's names.) Raises UserError."""
+    CPU. seed=None: new z's. (`input` and `flag` are an old tutorial's.) Raises UserError."""
     checkpoint, model = load_checkpoint(out_dir)
-    if flag and index(input) not in range(model.num_classes):
+    if flag and input not in range(model.num_classes):
         raise UserError(f"Cannot draw the digit {input}: the model has {model.num_classes} labels")
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(index(seed))  # seed(): random
     z = temperature * torch.randn(10, model.z_dim, generator=generator)
     digits = [input] * 10 if flag else range(10)
     images = generate(model.to(pick_device(device)), z, digits)
-    captions = digits if model.num_classes else [""] * 10  # a plain VAE draws what it likes
+    captions = digits if model.num_classes else [""] * 10  # a plain VAE has no labels
     name = f"CVAE_{input if flag else '0-9'}.png"
     save_grid(Path(out_dir).expanduser() / name, images, checkpoint, captions)
     return images
@@ -320,7 +320,7 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
     its images [rows, 11, 1, 28, 28] in [0, 1], on the CPU: the original, then 0 to 9; of a plain
     VAE, which can only reconstruct, [rows, 2, 1, 28, 28]. Raises UserError or IndexError."""
     checkpoint, model = load_checkpoint(out_dir)
-    if checkpoint["dataset"] == BUILT_IN:
+    if checkpoint["dataset"] == BUILT_IN:  # see load_digits
         images, labels = built_in_digits(10_000, seed=1)
     else:
         images, labels = load_digits(data_dir)[2]
@@ -330,7 +330,7 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir=".", device=None):
         raise UserError("indices must not be empty")
     indices = [index(number) for number in indices]
     x, labels = images[indices].view(-1, 1, 28, 28) / 255, labels[indices]
-    mu, _ = model.encode(x, model.one_hot(labels))
+    mu, _ = model.encode(x, model.one_hot(labels))  # on the CPU, where x is
     model.to(pick_device(device))
     captions = list(range(model.num_classes)) or ["redrawn"]
     columns = [generate(model, mu, [digit] * len(x)) for digit in range(len(captions))]
@@ -382,7 +382,7 @@ def read_mnist(raw, part):
         labels = datasets.mnist.read_label_file(f"{raw}/{part}-labels-idx1-ubyte")
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:
             raise ValueError(f"{len(labels)} labels to {labels.max()}, images {list(images.shape)}")
-    except OSError:
+    except OSError:  # its message is clear
         raise
     except Exception as error:
         raise UserError(f"Cannot use MNIST's {part} files in {raw}: {reason(error)}; expected "
@@ -400,7 +400,7 @@ def built_in_digits(count, seed):
             glyphs.append(pil_to_tensor(canvas) / 255)
     generator = torch.Generator().manual_seed(seed)
     choice = torch.randint(len(glyphs), [count], generator=generator)
-    for part in choice.split(2000):  # random matrices and bends distort them
+    for part in choice.split(2000):  # `where`: the point that a pixel of the digit is taken from
         matrix = torch.eye(2, 3) + 0.1 * torch.randn(len(part), 2, 3, generator=generator)
         field = 0.07 * torch.randn(len(part), 2, 4, 4, generator=generator)
         bend = F.interpolate(field, size=28, mode="bicubic").permute(0, 2, 3, 1)
@@ -429,15 +429,15 @@ def say(text, live=False):
         say(ascii(text), live)
     except BrokenPipeError:  # the reader of a pipe has left: end, as other programs do
         raise
-    except Exception:  # no stdout, or one that is closed or can only write: go on
+    except Exception:  # no stdout, a closed one, one without isatty(): go on
         pass
 
-@torch.enable_grad()
+@torch.enable_grad()  # for the trial below
 def pick_device(device=None):
     """Returns the given device; for None an accelerator, if it can compute, else the CPU."""
     found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
     chosen = device or found or "cpu"
-    torch.log1p(torch.tensor([-2.0, -1.0, -0.0]))  # until called once, slow on some CPUs
+    torch.log1p(torch.tensor([-2.0, -1.0, -0.0]))  # until called, the loss is slow on some CPUs
     try:
         weight = torch.ones(2, 2, device=chosen, requires_grad=True)
         (weight @ weight).sum().backward()
@@ -450,7 +450,7 @@ def pick_device(device=None):
         return torch.device("cpu")
 
 def mixed_precision(device):
-    """In this context, CPUs that can do it multiply matrices in bfloat16, twice as fast."""
+    """For `with`: CPUs that can do it multiply matrices in 16 bits (bfloat16), twice as fast."""
     able = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return torch.autocast("cpu", torch.bfloat16, enabled=able and device.type == "cpu")
 
@@ -478,7 +478,7 @@ def read_checkpoint(path):
         raise UserError(f"Checkpoint not found: {path}. Train first: python cvae_mnist.py train")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_state_dict"]
+        checkpoint["model_state_dict"]  # KeyError if there is none
     except OSError:
         raise
     except Exception as error:  # without torch's advice to load unsafe files
@@ -513,7 +513,7 @@ def restore(checkpoint, states, epochs, hyperparameters, dataset):
     return checkpoint["history"]
 
 def start_over(path):
-    """Returns an empty history. Copies an earlier checkpoint, unless the copy has more epochs."""
+    """Returns an empty history. Copies the checkpoint, unless an earlier copy has more epochs."""
     old = path.with_suffix(".old.pth")
     if path.exists():
         checkpoint = read_checkpoint(path)
@@ -591,7 +591,7 @@ def at_least(low, kind):
 
 def make_parser():
     train = inspect.signature(train_cvae).parameters
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)  # functions have defaults
     add, positive = parser.add_argument, at_least(1, int)
     add("step", nargs="?", choices=["train", "draw", "restyle"], default=None, help="[all three]")
     add("--epochs", type=positive, help=f"number of epochs [{train['epochs'].default}]")
