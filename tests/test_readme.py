@@ -2,9 +2,11 @@
 
 import inspect
 import re
+from pathlib import Path
 
 from conftest import ROOT, SOURCE
 from PIL import Image, ImageDraw
+from torchvision.transforms.functional import pil_to_tensor
 
 import cvae_mnist
 
@@ -12,19 +14,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_every_python_block_runs_in_order(data, here, monkeypatch, capsys):
+def test_every_python_block_runs_in_order(data, monkeypatch, capsys):
     """As a reader would paste them; only epochs and images are fewer."""
     load = cvae_mnist.load_digits
     monkeypatch.setattr(cvae_mnist, "load_digits", lambda _: load(data))
     cvae_mnist.train_cvae(1, device="cpu")
-    picture = Image.new("L", (300, 200), 230)
-    ImageDraw.Draw(picture).line([(60, 30), (150, 30), (110, 170)], fill=20, width=18)
+    picture = Image.new("RGBA", (300, 200))  # transparent
+    ImageDraw.Draw(picture).line([(60, 30), (150, 30), (110, 170)], fill="black", width=18)
     picture.save("my_digit.png")
     for number, block in enumerate(BLOCKS):
         exec(compile(block.replace("epochs=10", "epochs=1"), f"block {number}", "exec"), {})
     assert len(BLOCKS) == 5
-    for name in ("own.png", "latent.png", "walk.gif", "ten/CVAE_3.png"):
-        assert (here / name).exists()
+    assert all(Path(name).exists() for name in ("latent.png", "walk.gif", "ten/CVAE_3.png"))
+    own = pil_to_tensor(Image.open("own.png"))[0, :84, :84] / 255  # the digit, black on white
+    assert own[:20].mean() > 0.9 > 0.5 > own[24:29, 30:55].mean()
     output = capsys.readouterr().out
     assert re.search(r"\d\.\d% are right", output) and "of 50 dimensions are in use" in output
 
