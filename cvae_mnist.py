@@ -48,8 +48,8 @@ from torchvision.utils import make_grid
 # ## Part 1: the idea
 # An image `x` is 28 x 28 = 784 gray values from 0 (black) to 1 (white). A label `c` is *one-hot*:
 # ten numbers, 1 in the digit's place and 0 elsewhere. It is appended to `x` and to `z`. The decoder
-# returns for each pixel the probability that it is white. They are shown as gray values; those of
-# `x`, in turn, count as probabilities. (`x [B, 784]` is a batch of B images.)
+# returns each pixel's probability of being white. These probabilities are shown as gray values, and
+# the gray values of `x` count as probabilities. (`x [B, 784]` is a batch of B images.)
 #
 # The encoder does not return one point `z` but a normal distribution over `z`, with a mean `mu` and
 # a variance for each of the 50 latent dimensions. Why? If it returned points, nothing would make
@@ -142,9 +142,9 @@ class CVAE(nn.Module):
 # so log-probabilities add: the terms are sums. With natural logarithms, the unit is the *nat*.
 # %%
 def negative_elbo(model, x, c):
-    """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss, KL [B], in nats.
+    """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss [B], KL [B].
 
-    Kingma and Welling, section 2.2 (the bound) and appendix B (E[ log(q / p) ] of two normals).
+    In nats. Kingma and Welling, section 2.2 (the bound) and appendix B (KL of two normals).
     The cross-entropy of logits avoids log(0) where a probability is rounded to 0."""
     mu, log_var = model.encode(x, c)
     logits = model.decode_logits(model.reparameterize(mu, log_var), c)
@@ -193,8 +193,8 @@ def generate(model, z, labels):
 # for epoch in range(10):  # about a minute on two CPU cores; the loss falls to about 101
 #     losses = [loss.item() for loss in train_epoch(model, optimizer, images, labels, 256)]
 #     print(epoch, sum(losses) / len(losses))
-# grid = make_grid(1 - generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
-# Image.fromarray((255 * grid[0]).byte().numpy())  # shows the digits, black on white
+# grid = make_grid(generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)[0]
+# Image.fromarray((255 * (1 - grid)).byte().numpy())  # shows the digits, black on white
 # ```
 # ## Part 2: train, then draw
 # With a constant learning rate the weights keep moving around an optimum. Their mean over many
