@@ -1,8 +1,10 @@
 """How fast and how good is cvae_mnist.py? Prints tables, asserts nothing. Needs the real MNIST.
 
-    python tests/benchmark.py speed   seconds per epoch beside the listing, in turns; memory
-    python tests/benchmark.py recipe  loss and label accuracy after 10, 30, 100 epochs, three seeds
-    python tests/benchmark.py known   the textbook recipe's losses beside published ones
+    python tests/benchmark.py speed     seconds per epoch beside the listing, in turns
+    python tests/benchmark.py recipe    test loss and label accuracy after 10, 30, 100 epochs
+    python tests/benchmark.py known     the textbook recipe's losses beside published ones
+    python tests/benchmark.py built-in  label accuracy of the built-in digits after 10 epochs
+    python tests/benchmark.py change    README's table and picture of what one change does
 
 The textbook's recipe: Adam at 1e-3, batches of 128, PyTorch's initial weights, no averaging. The
 listing is this recipe in the loop that tutorials show: a DataLoader that decodes every image,
@@ -14,7 +16,6 @@ import argparse
 import contextlib
 import io
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,23 +23,22 @@ import time
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cvae_mnist  # noqa: E402, I001, before torch: it sets how PyTorch's threads wait
-from cvae_mnist import CVAE, evaluate, generate, negative_elbo  # noqa: E402
+from cvae_mnist import CVAE, evaluate, generate, load_images, negative_elbo  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from torchvision import datasets, transforms  # noqa: E402
+from torchvision import datasets, transforms, utils  # noqa: E402
 
 
 class Textbook:
     """The textbook's recipe, with the script's own model and loss."""
 
     def __init__(self, data_dir, **sizes):
-        _, (self.images, self.labels), _ = cvae_mnist.load_digits(data_dir)
+        _, (self.images, self.labels), _ = load_images(data_dir)
         torch.manual_seed(0)
         self.model = CVAE(784, **sizes)
         for layer in self.model.children():
@@ -80,46 +80,46 @@ class Listing(Textbook):
         return total / len(self.images)
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def train(epochs, out_dir, **options):
+    """train_cvae in silence; returns the model and the median of the seconds between two saves."""
+    times, save = [], cvae_mnist.save_checkpoint
 
+    def saved(*arguments):
+        save(*arguments)
+        times.append(time.perf_counter())
 
-def ours(data_dir, out_dir, done, epochs):
-    """Continues train_cvae, with all that it saves; returns the seconds of each epoch."""
-    lines = io.StringIO()
-    with contextlib.redirect_stdout(lines):
-        cvae_mnist.train_cvae(done + epochs, data_dir=data_dir, out_dir=out_dir, resume=done > 0,
-                              device="cpu")
-    lines = [line for line in lines.getvalue().splitlines() if line.startswith("epoch ")]
-    return [float(line.split("  ")[-2].removesuffix(" s")) for line in lines]
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with silence, mock.patch.object(cvae_mnist, "save_checkpoint", saved):
+        model = cvae_mnist.train_cvae(epochs, out_dir=out_dir, device="cpu", **options)
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return model, statistics.median(gaps) if gaps else None
 
 
 def speed(data_dir, out_dir, rounds=5):
-    listing, times = Listing(data_dir), {"listing": [], "cvae_mnist.py": [], "no bfloat16": []}
-    for number in range(rounds + 1):  # the first round warms up, as the first epoch of four
-        times["listing"].append(seconds(listing.epoch))
-        times["cvae_mnist.py"].append(statistics.mean(ours(data_dir, out_dir, 4 * number, 4)[1:]))
-        with mock.patch.object(torch.cpu, "get_capabilities", dict):
-            plain = ours(data_dir, f"{out_dir}/plain", 4 * number, 4)
-        times["no bfloat16"].append(statistics.mean(plain[1:]))
-        print(f"round {number}:", *(f"{column[-1]:.2f}" for column in times.values()), flush=True)
+    listing, rows = Listing(data_dir), {"listing": [], "cvae_mnist.py": [], "no bfloat16": []}
+    for number in range(rounds + 1):  # the first round warms up
+        start = time.perf_counter()
+        listing.epoch()
+        rows["listing"].append(time.perf_counter() - start)
+        options = {"epochs": 4 * number + 4, "data_dir": data_dir, "resume": number > 0}
+        rows["cvae_mnist.py"].append(train(out_dir=out_dir, **options)[1])
+        with mock.patch.object(cvae_mnist, "BFLOAT16", False):
+            rows["no bfloat16"].append(train(out_dir=f"{out_dir}/plain", **options)[1])
+        print(f"round {number}:", *(f"{row[-1]:.2f}" for row in rows.values()), flush=True)
     print("| seconds per epoch | median (min to max) | ratio, median |\n|---|---|---|")
-    for name, column in times.items():
-        ratios = [a / b for a, b in zip(column, times["cvae_mnist.py"], strict=True)]
-        print(f"| {name} | {statistics.median(column[1:]):.2f} ({min(column[1:]):.2f} to "
-              f"{max(column[1:]):.2f}) | {statistics.median(ratios[1:]):.2f} |")
-    print(f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB")
+    for name, row in rows.items():
+        ratios = [a / b for a, b in zip(row, rows["cvae_mnist.py"], strict=True)]
+        middle, ratio = statistics.median(row[1:]), statistics.median(ratios[1:])
+        print(f"| {name} | {middle:.2f} ({min(row[1:]):.2f} to {max(row[1:]):.2f}) | {ratio:.2f} |")
 
 
 def train_reader(images, labels):
     """A small CNN that reads digits."""
     torch.manual_seed(0)
-    reader = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Dropout(0.3), nn.Linear(64 * 49, 128), nn.ReLU(), nn.Linear(128, 10))
+    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    layers += [nn.Dropout(0.3), nn.Linear(64 * 49, 128), nn.ReLU(), nn.Linear(128, 10)]
+    reader = nn.Sequential(*layers)
     optimizer = torch.optim.Adam(reader.parameters())
     for _ in range(5):
         for batch in torch.randperm(len(images)).split(128):
@@ -137,28 +137,28 @@ def share_read(reader, images, labels):
     return 100 * sum((reader(x).argmax(1) == y).sum().item() for x, y in parts) / len(images)
 
 
-def recipe(data_dir, out_dir, seeds=(0, 1, 2), stages=(10, 30, 100)):
-    _, training, test_set = cvae_mnist.load_digits(data_dir)
-    reader, labels = train_reader(*training), torch.arange(10_000) % 10
+def label_accuracy(reader, model, seed=0):
+    labels = torch.arange(10_000) % 10
+    z = torch.randn(10_000, model.z_dim, generator=torch.Generator().manual_seed(seed))
+    return share_read(reader, generate(model, z, labels), labels)
+
+
+def recipe(data_dir, out_dir):
+    _, training, test_set = load_images(data_dir)
+    reader = train_reader(*training)
     read = share_read(reader, test_set[0].view(-1, 1, 28, 28) / 255, test_set[1])
     print(f"The CNN reads {read:.2f} % of the test digits")
     print("| seed | epochs | test loss | not averaged | label accuracy |\n|---|---|---|---|---|")
-    for seed in seeds:
-        for stage, epochs in enumerate(stages):
-            with contextlib.redirect_stdout(io.StringIO()):
-                folder = f"{out_dir}/{seed}"
-                model = cvae_mnist.train_cvae(epochs, data_dir=data_dir, out_dir=folder, seed=seed,
-                                              resume=stage > 0, device="cpu")
-            report(reader, labels, test_set, seed, model, folder)
-
-
-def report(reader, labels, test_set, seed, model, out_dir):
-    checkpoint, last = cvae_mnist.load_checkpoint(out_dir)
-    last.load_state_dict(checkpoint["training_state_dict"])
-    z = torch.randn(10_000, model.z_dim, generator=torch.Generator().manual_seed(seed))
-    accuracy = share_read(reader, generate(model, z, labels), labels)
-    print(f"| {seed} | {checkpoint['epoch']} | {checkpoint['history']['test_loss'][-1]:.2f} | "
-          f"{sum(evaluate(last, *test_set)):.2f} | {accuracy:.1f} % |", flush=True)
+    for seed in range(3):
+        for epochs in 10, 30, 100:
+            folder, options = f"{out_dir}/{seed}", {"data_dir": data_dir, "seed": seed}
+            model, _ = train(epochs, folder, resume=epochs > 10, **options)
+            checkpoint, last = cvae_mnist.load_checkpoint(folder)
+            last.load_state_dict(checkpoint["training_state_dict"])
+            loss = f"{checkpoint['history']['test_loss'][-1]:.2f}"
+            raw = f"{sum(evaluate(last, *test_set)):.2f}"
+            accuracy = f"{label_accuracy(reader, model, seed):.1f} %"
+            print(f"| {seed} | {epochs} | {loss} | {raw} | {accuracy} |", flush=True)
 
 
 # Logs of the vae of pytorch/examples: a = allenlu2009.github.io, _posts/2021-09-29-VAE_coding.md;
@@ -175,11 +175,43 @@ def known(data_dir, out_dir):
         print(f"| {epoch} | {KNOWN.get(epoch, '')} | {here} |", flush=True)
 
 
+def built_in(data_dir, out_dir):
+    reader = train_reader(*cvae_mnist.built_in_digits(60_000, seed=0))
+    test_set = cvae_mnist.built_in_digits(10_000, seed=1)
+    read = share_read(reader, test_set[0].view(-1, 1, 28, 28) / 255, test_set[1])
+    model, _ = train(10, out_dir, dataset="built-in digits")
+    accuracy = label_accuracy(reader, model)
+    print(f"The CNN reads {read:.1f} % of the test digits, {accuracy:.1f} % of the drawings")
+
+
+def change(data_dir, out_dir):
+    """Ten epochs each: as it is, and one change. Saves change.png, a row of digits for each."""
+    _, training, test_set = load_images(data_dir)
+    reader, rows = train_reader(*training), []
+    print("| change | reconstruction loss | KL | label accuracy |\n|---|---|---|---|")
+    for first, second, z_dim in (1, 1, 50), (1, 1, 2), (1, 0, 50), (1, 10, 50), (1 / 784, 1, 50):
+
+        def loss(model, x, c, first=first, second=second):
+            reconstruction, kl = negative_elbo(model, x, c)
+            return first * reconstruction, second * kl
+
+        with mock.patch.object(cvae_mnist, "negative_elbo", loss):
+            model, _ = train(10, f"{out_dir}/{len(rows)}", data_dir=data_dir, z_dim=z_dim)
+        reconstruction, kl = evaluate(model, *test_set)
+        name = f"{first:.4g} x reconstruction + {second} x KL, z_dim {z_dim}"
+        accuracy = label_accuracy(reader, model)
+        print(f"| {name} | {reconstruction:.1f} | {kl:.1f} | {accuracy:.1f} % |", flush=True)
+        z = torch.randn(10, z_dim, generator=torch.Generator().manual_seed(2))
+        rows.append(generate(model, z, range(10)))
+    utils.save_image(1 - torch.cat(rows), "change.png", nrow=10, padding=0)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "recipe", "known"])
+    commands = {f.__name__.replace("_", "-"): f for f in (speed, recipe, known, built_in, change)}
+    parser.add_argument("command", choices=commands)
     parser.add_argument("--data-dir", default=os.environ.get("MNIST_ROOT", "./mnist"))
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     with tempfile.TemporaryDirectory() as out_dir:
-        globals()[options.what](options.data_dir, out_dir)
+        commands[options.command](options.data_dir, out_dir)

@@ -11,42 +11,36 @@ from pathlib import Path
 import pytest
 
 matplotlib_files = tempfile.TemporaryDirectory()  # the user's own may be read-only
-os.environ.update(MPLCONFIGDIR=matplotlib_files.name, MPLBACKEND="agg", OMP_NUM_THREADS="1")
+os.environ.update(MPLCONFIGDIR=matplotlib_files.name, OMP_NUM_THREADS="1")
+os.environ.pop("MPLBACKEND", None)
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cvae_mnist.py"
-SOURCE = SCRIPT.read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT))
 import cvae_mnist  # noqa: E402, I001, first, as users import it
 import torch  # noqa: E402
 from torchvision import datasets  # noqa: E402
 
-CHECKPOINT = "cvae_checkpoint.pth"
+CHECKPOINT, OLD = "cvae_checkpoint.pth", "cvae_checkpoint.old.pth"
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 OFFLINE = "http://127.0.0.1:9"
 MNIST_ROOT = os.getenv("MNIST_ROOT") and Path(os.environ["MNIST_ROOT"]).resolve()
-QUICK = dict(epochs=4, batch_size=32, h_dim=16, z_dim=3, device="cpu")
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def clean_machine(tmp_path, monkeypatch):
-    """An empty current folder and home, no windows, no settings of matplotlib, no network."""
+    """An empty current folder and home, no settings of matplotlib, no network."""
     for folder in "here", "home":
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in "DISPLAY", "WAYLAND_DISPLAY", "MATPLOTLIBRC", "FORCE_COLOR", "PYTHONUNBUFFERED":
         monkeypatch.delenv(name, raising=False)
     home = str(tmp_path / "home")
-    variables = dict(HOME=home, USERPROFILE=home, MPLBACKEND="agg", http_proxy=OFFLINE,
-                     https_proxy=OFFLINE, no_proxy="127.0.0.1")
-    for name, value in variables.items():
+    variables = {"HOME": home, "USERPROFILE": home, "no_proxy": "127.0.0.1"}
+    for name, value in {**variables, "http_proxy": OFFLINE, "https_proxy": OFFLINE}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(datasets.MNIST, "mirrors", [f"{OFFLINE}/"])
-
-
-@pytest.fixture(params=["cpu", *([ACCELERATOR.type] if ACCELERATOR else [])])
-def device(request):
-    return request.param
+    for kind in datasets.MNIST, datasets.FashionMNIST, datasets.KMNIST:
+        monkeypatch.setattr(kind, "mirrors", [f"{OFFLINE}/"])
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +49,9 @@ def digits():
     return cvae_mnist.built_in_digits(600, seed=0), cvae_mnist.built_in_digits(200, seed=1)
 
 
-def write_mnist(folder, train, test):
-    """Writes (images, labels) to train on and to test on as MNIST's four files; returns folder."""
-    raw = Path(folder, "MNIST", "raw")
+def write_images(folder, train, test, dataset="MNIST"):
+    """Writes (images, labels) to train on and to test on as torchvision's files; returns folder."""
+    raw = Path(folder, dataset, "raw")
     raw.mkdir(parents=True, exist_ok=True)
     for part, (images, labels) in ("train", train), ("t10k", test):
         header = struct.pack(">IIII", 2051, len(images), 28, 28)
@@ -70,13 +64,14 @@ def write_mnist(folder, train, test):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, digits):
     """A folder with these digits as MNIST's files. Read only."""
-    return write_mnist(tmp_path_factory.mktemp("data"), *digits)
+    return write_images(tmp_path_factory.mktemp("data"), *digits)
 
 
 @pytest.fixture(scope="session")
 def train(data):
     """train_cvae, but quick; a test may pass other arguments."""
-    return partial(cvae_mnist.train_cvae, **QUICK, data_dir=data)
+    sizes = {"batch_size": 32, "h_dim": 16, "z_dim": 3}
+    return partial(cvae_mnist.train_cvae, epochs=4, **sizes, device="cpu", data_dir=data)
 
 
 @pytest.fixture(scope="session")
@@ -93,14 +88,14 @@ def trained(tmp_path_factory, train):
     return folder
 
 
-def run(*arguments, script=SCRIPT, **options):
-    """Runs the script as a user would, in the current folder; its output is bytes."""
-    command = [sys.executable, script, *arguments]
-    return subprocess.run(command, capture_output=True, timeout=100, **options)
+def run(*arguments, **options):
+    """Runs Python as a user would, in the current folder; its output is text."""
+    options = {"capture_output": True, "text": True, "timeout": 100, **options}
+    return subprocess.run([sys.executable, *arguments], **options)
 
 
-def load(folder="."):
-    return torch.load(Path(folder, CHECKPOINT), map_location="cpu", weights_only=True)
+def load(folder=".", name=CHECKPOINT):
+    return torch.load(Path(folder, name), map_location="cpu", weights_only=True)
 
 
 def same(one, other):

@@ -1,15 +1,17 @@
-"""Part 1 and what it needs: the model, its loss, an epoch, new digits, the average, evaluation."""
+"""Part 1 and what it needs: the model, its loss, a step, new digits, the average, evaluation."""
+
+import runpy
 
 import numpy as np
 import pytest
 import torch
-from conftest import ACCELERATOR
+from conftest import ACCELERATOR, SCRIPT
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 import cvae_mnist
-from cvae_mnist import CVAE, evaluate, generate, negative_elbo, train_epoch, update_average
+from cvae_mnist import CVAE, evaluate, generate, negative_elbo, train_step, update_average
 
 
 class TutorialCVAE(nn.Module):
@@ -56,84 +58,76 @@ def test_weights_start_small_and_biases_at_zero():
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05) and not layer.bias.any()
 
 
-def test_an_epoch_takes_every_image_once_with_its_label_in_random_order(monkeypatch):
-    seen, numbers = [], torch.arange(256)
-
-    def loss(model, x, c):  # each step lowers both biases by 3
-        seen.append((x[:, 0], c))
-        return model.fc2.bias.sum() + 0 * x[:, 0], 2 * model.fc2.bias.sum() + x[:, 0]
+def test_a_step_goes_down_the_gradient_of_the_batchs_mean_loss_and_returns_it(monkeypatch):
+    def loss(model, x, c):
+        return model.fc2.bias.sum() + 0 * x[:, 0], 2 * model.fc2.bias.sum() + c[:, 0] * x[:, 0]
 
     monkeypatch.setattr(cvae_mnist, "negative_elbo", loss)
-    model, images = CVAE(784, 4, 2), numbers.byte().view(-1, 1).expand(-1, 784)
+    model, x, c = CVAE(784, 4, 2), torch.tensor([[1.0], [4.0]]), torch.ones(2, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    steps = [(loss, model.fc2.bias[0].item())
-             for loss in train_epoch(model, optimizer, images, numbers % 10, 50)]
-    assert [len(x) for x, _ in seen] == [50] * 5 + [6]
-    x, c = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    order = (255 * x).round().long()
-    assert torch.equal(order.sort().values, numbers) and not torch.equal(order, numbers)
-    assert torch.equal(c.argmax(1), order % 10)
-    assert [bias for _, bias in steps] == pytest.approx([-3, -6, -9, -12, -15, -18])
-    assert steps[1][0].item() == pytest.approx(2 * 3 * -3 + seen[1][0].mean().item(), rel=1e-4)
-    assert not steps[1][0].requires_grad
+    steps = [(train_step(model, optimizer, x, c), model.fc2.bias[0].item()) for _ in range(3)]
+    assert [bias for _, bias in steps] == [-3, -6, -9]
+    assert [loss.item() for loss, _ in steps] == [2.5, 2.5 - 18, 2.5 - 36]
+    assert not steps[0][0].requires_grad
 
 
-def test_the_average_is_of_about_the_last_tenth_of_the_steps():
+@pytest.mark.parametrize("able", [True, False, None])
+def test_training_and_evaluation_use_bfloat16_where_the_processor_has_it(digits, monkeypatch, able):
+    """able: whether the processor has bfloat16; None: an older PyTorch, which cannot tell."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    script = runpy.run_path(str(SCRIPT))
+    model, seen = script["CVAE"](784, 64, 8), []
+    model.fc5.register_forward_hook(lambda layer, _, y: seen.append(y.dtype))
+    images, labels = digits[1]
+    x, c = images / 255, model.one_hot(labels)
+    loss = script["train_step"](model, torch.optim.SGD(model.parameters()), x, c)
+    script["evaluate"](model, images, labels)
+    script["generate"](model, torch.zeros(9, 8), range(9))
+    kind, full = torch.bfloat16 if able else torch.float32, torch.float32
+    assert [*seen, loss.dtype] == [kind, kind, full, full]
+
+
+def test_two_thirds_of_the_averages_weight_are_on_the_last_tenth_of_the_steps():
     model, average = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    for step in range(0, 10_001, 10):
+    for step in range(1000):
         for value in model.state_dict().values():
-            value.fill_(step)
+            value.fill_(step >= 900)
         update_average(average, model, step)
     for value in (*average.parameters(), average.running_mean, average.running_var):
-        assert 9000 < value.min() == value.max() < 9200  # the last twentieth would be 9500
+        assert value.tolist() == pytest.approx([1 - 0.9**10] * 3, abs=0.005)
+    for value in model.parameters():
+        value.data.fill_(7)
+    update_average(average, model, 0)  # the first step: the average is the model
+    assert average.weight.tolist() == [7, 7, 7]
 
 
 def test_evaluation_is_the_mean_loss_of_all_images_with_new_noise(digits):
     model, (images, labels) = CVAE(784, 64, 8), digits[0]
     nn.init.normal_(model.fc1.weight)  # KL depends on image and label
     images = torch.cat([images[:501], torch.zeros(200, 784, dtype=torch.uint8)])
-    with cvae_mnist.mixed_precision(images.device):
-        terms = negative_elbo(model, images / 255, model.one_hot(labels).repeat(2, 1)[:701])
-    losses = evaluate(model, images, labels.repeat(2)[:701])
-    assert losses == pytest.approx([term.mean().item() for term in terms], rel=1e-4)
-    assert losses != evaluate(model, images, labels.repeat(2)[:701])
+    labels = labels.repeat(2)[:701]
+    terms = negative_elbo(model, images / 255, model.one_hot(labels))
+    losses = evaluate(model, images, labels)
+    assert losses == pytest.approx([term.mean().item() for term in terms], rel=5e-3)
+    assert losses != evaluate(model, images, labels)
 
 
-def test_generate_decodes_with_labels_of_any_integer_type(device):
+@pytest.mark.parametrize("device", ["cpu", *([ACCELERATOR.type] if ACCELERATOR else [])])
+def test_generate_decodes_with_the_labels(device):
     model, z = CVAE(), 10 * torch.randn(10, 50)
     expected = model.decode(z, torch.eye(10)).view(10, 1, 28, 28)
-    kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
-    for labels in (range(10), np.arange(10), *(torch.arange(10, dtype=kind) for kind in kinds)):
-        assert torch.equal(model.one_hot(torch.as_tensor(labels)), torch.eye(10))
+    for labels in range(10), np.arange(10, dtype=np.int64), torch.arange(10):
         images = generate(model.to(device), z, labels)
         assert images.device.type == "cpu" and not images.requires_grad
         assert images.shape == expected.shape and torch.allclose(images, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("labels", [[10], [-1], [6.5], [6.0], np.array([255], np.uint8)], ids=str)
+@pytest.mark.parametrize("labels", [[10], [-1], [6.5], np.array([6], np.uint8)], ids=str)
 def test_an_invalid_label_is_an_error(labels):
     with pytest.raises((RuntimeError, TypeError)):
         generate(CVAE(784, 4, 2), torch.zeros(1, 2), labels)
-
-
-@pytest.mark.parametrize("able", [True, False, None])
-def test_only_training_is_in_train_mode_and_bfloat16_is_used_if_possible(digits, monkeypatch, able):
-    """able: whether the processor has bfloat16; None: an older PyTorch, which cannot tell."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
-    if able is None:
-        monkeypatch.delattr("torch.cpu.get_capabilities")
-    model, calls = CVAE(784, 64, 8), []
-    model.fc5.register_forward_hook(
-        lambda layer, _, y: calls.append((layer.training, y.requires_grad, y.dtype)))
-    for _ in train_epoch(model, torch.optim.SGD(model.parameters()), *digits[1], 100):
-        generate(model, torch.zeros(1, 8), [0])
-        model.train()
-        evaluate(model, *digits[1])
-    full, kind = torch.float32, torch.bfloat16 if able else torch.float32
-    assert calls == [(True, True, kind), (False, False, full), (False, False, kind)] * 2
-    with cvae_mnist.mixed_precision(torch.device("cpu")):
-        terms = negative_elbo(model, digits[1][0] / 255, model.one_hot(digits[1][1]))
-    assert {term.dtype for term in terms} == {torch.float32}
 
 
 @pytest.mark.skipif(ACCELERATOR is not None, reason="the accelerator itself is used")

@@ -44,8 +44,10 @@ def test_options_are_those_of_the_parser_with_the_signatures_defaults():
     text = cvae_mnist.make_parser().format_help()
     options = set(re.findall(r"--[a-z-]+", text)) - {"--help"}
     assert set(re.findall(r"`(--[a-z-]+)`", table)) == options
-    parameters = {**inspect.signature(cvae_mnist.inference_cvae).parameters,
-                  **inspect.signature(cvae_mnist.train_cvae).parameters}
+    parameters = {
+        **inspect.signature(cvae_mnist.inference_cvae).parameters,
+        **inspect.signature(cvae_mnist.train_cvae).parameters,
+    }
     sizes, folders = ["h_dim", "z_dim"], ["data_dir", "out_dir"]
     numbers = ["epochs", "batch_size", "learning_rate", "num_classes", "seed", "temperature"]
     for name in numbers:
