@@ -2,10 +2,9 @@
 # # Handwritten digits with a conditional VAE
 # A variational autoencoder (VAE) has two parts. The *encoder* describes an image by a short list of
 # numbers, the *latent* (hidden) *vector* `z`. The *decoder* turns a `z` back into an image. They
-# are trained together so that the decoder returns the image that the encoder was given. In a
-# *conditional* VAE (CVAE) both are also given the label `c`: which digit it is. So `z` need only
-# describe the style: slant, width, thickness. After training, any label and a random `z` decode to
-# a new digit.
+# are trained together to return the image that the encoder was given. In a *conditional* VAE (CVAE)
+# both are also given the label `c`: which digit it is. So `z` need only describe the style: slant,
+# width, thickness. In the end, any label and a random `z` give a new digit.
 # ```text
 # to train           encoder                                     decoder
 #  image x ───┐                ┌─► mu ──────┐
@@ -36,7 +35,7 @@ import time
 from http.client import HTTPException
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # 12 times as fast or more beside a busy program
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # beside a busy program, 12 times as fast
 import torch
 import torch.nn.functional as F
 from matplotlib import get_data_path, patches, style
@@ -45,9 +44,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision import datasets, transforms, utils
 
-torch.log1p(torch.tensor(-0.0))  # until called, the loss takes 2.7 times as long on AVX-512 CPUs
-# whether this CPU has instructions for 16-bit numbers, which halve the time of an epoch
-BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+torch.log1p(torch.tensor(-0.0))  # makes the loss 2.7 times as fast on CPUs with AVX-512
+BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # has it?
 
 
 # %% [markdown]
@@ -55,23 +53,22 @@ BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", Fal
 # An image `x` is 28 x 28 = 784 gray values from 0 (black) to 1 (white). A label `c` is *one-hot*:
 # ten numbers, 1 in the digit's place and 0 elsewhere. It is appended to `x` and to `z`. We treat
 # pixels as black or white: a gray value of 0.3 means white with probability 0.3. The decoder
-# returns each pixel's probability of being white, and a drawing shows it as a gray value (inverted,
-# like ink). It is the mean of all images that share its `z` and `c`, so it can look faint or
-# blurred.
+# returns each pixel's probability of being white. A drawing shows it as a gray value, black on
+# white: the mean of all images that share this `z` and `c`, so it can look faint or blurred.
 #
 # The encoder does not return one point `z` but a normal distribution over `z`, with a mean `mu` and
 # a variance for each of the 50 latent dimensions. Why? If it returned points, nothing would make
 # the points between them decode to digits. With a distribution, a new `z` near the mean is sampled
 # each time an image is used, and the decoder must return the image from all of them. The loss
 # (below) makes it costly for a distribution to differ from the standard normal: to have a mean far
-# from 0 or a tiny variance. So the distributions overlap and together roughly cover the region
-# where standard normal `z` fall. After training, most `z` from there decode to a digit. (Holes
-# remain: some drawings are broken.) A variance is positive, but a layer may return any number. So
-# the encoder returns the logarithm of the variance, `log_var`.
+# from 0 or a variance far from 1. So the distributions overlap and together roughly cover the
+# region where standard normal `z` fall. After training, most `z` from there decode to a digit.
+# (Holes remain: some drawings are broken.) A variance is positive, but a layer may return any
+# number. So the encoder returns the logarithm of the variance, `log_var`.
 #
 # In training, `z` is sampled from this distribution. But gradients cannot pass through sampling to
-# `mu` and `log_var`. Hence the *reparameterization trick*: sample standard normal noise, which does
-# not depend on them, multiply it by the standard deviation, exp(`log_var` / 2), and add `mu`.
+# `mu` and `log_var`. Hence the *reparameterization trick*: take standard normal noise, multiply it
+# by `std` = exp(`log_var` / 2), the root of the variance, and add `mu`.
 # %%
 class CVAE(nn.Module):
     """A VAE with labels; num_classes=0: without. Kingma and Welling, Auto-Encoding Variational
@@ -89,7 +86,7 @@ class CVAE(nn.Module):
         self.fc5 = nn.Linear(h_dim, input_dim)  # pixels
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)  # with PyTorch's, the loss is higher
+                nn.init.normal_(layer.weight, std=0.02)  # lower loss than PyTorch's default
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
@@ -102,7 +99,7 @@ class CVAE(nn.Module):
     def encode(self, x, c):
         """x [B, 784] or [B, 1, 28, 28] in [0, 1], c [B, num_classes] -> mu, log_var [B, z_dim]."""
         h = F.relu(self.fc1(torch.cat([x.flatten(1), c], dim=1)))
-        return self.fc2(h).to(x.dtype), self.fc3(h).to(x.dtype)  # where train_step gave 16 bits
+        return self.fc2(h).to(x.dtype), self.fc3(h).to(x.dtype)  # if autocast made them 16 bits
 
     def reparameterize(self, mu, log_var):
         """mu, log_var [B, z_dim] -> z [B, z_dim], sampled from this normal distribution."""
@@ -124,16 +121,16 @@ class CVAE(nn.Module):
 
 # %% [markdown]
 # ### The loss
-# In probabilities, the model is a prior and a decoder; the encoder helps to train it. The *prior*
+# As probabilities, the model is a prior and a decoder; the encoder helps to train it. The *prior*
 # p(z) is what we assume of `z` before we see an image: standard normal, the same for every label,
 # so that a style can be kept while the label changes. The decoder is p(x|z,c), the probability of
 # `x`, given `z` and `c`: each pixel is white with a probability of its own. The encoder is
 # q(z|x,c): independent normals with mean `mu` and variance exp(`log_var`).
 #
 # A model that makes the training images probable draws images like them. So training should raise
-# log p(x|c). (The log makes a sum of the product over images.) But p(x|c) sums over all `z`, and we
-# would have to try far too many, since hardly any random `z` fits a given image. The encoder learns
-# which ones do. With E for the mean over `z` sampled from q:
+# log p(x|c). (Probabilities of images multiply, their logs add.) But p(x|c) sums over all `z`, and
+# we would have to try far too many, since hardly any random `z` fits a given image. The encoder
+# learns which ones do. With E for the mean over `z` sampled from q:
 # ```text
 # p(x|c) = sum over z of p(z) p(x|z,c)                              an integral, to be exact
 #        = sum over z of q(z|x,c) [ p(z) p(x|z,c) / q(z|x,c) ]      times q, divided by q
@@ -142,26 +139,25 @@ class CVAE(nn.Module):
 #             = E[ log p(x|z,c) ] - KL                              KL = E[ log( q(z|x,c) / p(z) ) ]
 # ```
 # This is the *evidence lower bound* (ELBO; the evidence is p(x|c)). KL, the *Kullback-Leibler
-# divergence* of q from the prior, tells how much they differ: 0 if they are equal, else more. And
-# the gap between the two sides is the KL divergence of q from p(z|x,c), the *posterior*, which says
-# how probable each `z` is once `x` is known. To choose the best q of a family, here of normals, is
-# called *variational inference*.
+# divergence* of q from the prior, tells how much they differ: 0 if they are equal, else more. The
+# gap in `>=` is the KL divergence of q from p(z|x,c), the *posterior*, which says how probable each
+# `z` is once `x` is known. To find the closest q in a family, here normals, is *variational
+# inference*.
 #
 # We minimize -ELBO, the sum of two terms. The first, -E[ log p(x|z,c) ], is the *reconstruction
 # loss*. For a pixel with gray value g in the image and w from the decoder it is the *binary
 # cross-entropy*, -g log w - (1-g) log(1-w): the mean over white, with probability g, and black. It
-# is lowest at w = g, but not 0 there if g is gray. (Squared error would be a normal p(x|z,c) of
-# fixed variance.) The second term is KL. To tell images apart, their q must overlap less: be
-# narrower or farther from 0, and both cost. So the two terms pull against each other. To tell the
-# digit through `z` would cost KL, while `c` tells it for free: so `z` holds the style.
+# is lowest at w = g, but not 0 there if g is gray. (Squared error would follow from a normal
+# p(x|z,c).) The second term is KL. To tell images apart, their q must overlap less: be narrower or
+# farther from 0, and both cost. So the two terms pull against each other. To tell the digit through
+# `z` would cost KL, while `c` tells it for free: so `z` holds the style.
 #
 # For the first term, one sample of `z` per image is enough: the noise averages out over many steps.
-# The second has a formula: (mu² + var - 1 - log var) / 2 for each latent dimension. A dimension
-# that does not help the decoder ends at mu = 0, var = 1, where it is 0. We took pixels (given `z`)
-# and latent dimensions as independent, so log-probabilities add: both terms are sums. Sums, not
-# means: a mean over the pixels beside a sum over the dimensions would weaken the first term 784
-# times, and `z` would say nothing (*posterior collapse*). With natural logarithms, the unit is the
-# *nat*.
+# The second has a formula: (mu² + var - 1 - log var) / 2 for each latent dimension. One that does
+# not help the decoder ends at mu = 0, var = 1, where it is 0. Pixels (given `z` and `c`) and latent
+# dimensions are independent in this model, so both terms are sums. Sums, not means: a mean over the
+# pixels beside a sum over the dimensions would weaken the first term 784 times, and `z` would say
+# nothing (*posterior collapse*). The unit, with natural logarithms, is the *nat*.
 # %%
 def negative_elbo(model, x, c):
     """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss [B], KL [B].
@@ -196,7 +192,7 @@ def train_step(model, optimizer, x, c):
 @torch.no_grad()
 def generate(model, z, labels):
     """z [N, z_dim] and N labels (integers) -> images [N, 1, 28, 28] in [0, 1], on the CPU."""
-    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # a GPU would not survive a 10
+    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # a wrong one would crash CUDA
     device = next(model.parameters()).device
     return model.decode(z.to(device), c.to(device)).reshape(-1, 1, 28, 28).cpu()
 
@@ -219,11 +215,11 @@ def generate(model, z, labels):
 # grid = utils.make_grid(generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
 # Image.fromarray((255 * (1 - grid[0])).byte().numpy())  # shows the digits, black on white
 # ```
-# On MNIST this prints 167 to 101. (The first step's loss is 784 ln 2 = 543: every pixel at 1/2.)
-# `evaluate(model, *test)`, see below, gives the two terms: 81 and 20. Try it: in `train_step`,
-# write `0 * kl` for `kl`. They end at 57 and 700, and drawings are scribbles: no `z` from the prior
-# is like those the decoder was trained on. With `10 * kl`, they end at 146 and 1.4: `z` says almost
-# nothing, and drawings are blurred and alike.
+# On MNIST the losses fall from 167 to 101. (The first step's loss is 784 ln 2 = 543: every pixel at
+# 1/2.) `evaluate(model, *test)`, see below, gives the two terms: 81 and 20. Try it: in `loss = ...`
+# of `train_step`, write `0 * kl` for `kl`. They end at 57 and 700, and drawings are scribbles: no
+# `z` from the prior is like those the decoder was trained on. With `10 * kl`, they end at 146 and
+# 1.4: `z` says almost nothing, and drawings are blurred and alike.
 #
 # ## Part 2: train, then draw
 # With a constant learning rate the weights keep moving around an optimum. Their mean over many
@@ -254,8 +250,7 @@ def evaluate(model, images, labels):
 # These are the two loops of above. After each epoch the averaged model is evaluated on the test
 # images and on 10,000 training images; the gap between the curves in `CVAE_loss.png` is what does
 # not generalize. `cvae_checkpoint.pth` is saved after each epoch and, every ten epochs and at the
-# end, a picture in `cvae_results`: a row is a style, a column a digit. (In a plain VAE, which has
-# no labels, the columns are equal.)
+# end, a picture in `cvae_results`: a row per style, a column per digit (all equal in a plain VAE).
 # %%
 def train_cvae(
     epochs=100,
@@ -413,7 +408,7 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir="."):
 # - *Other layers:* change `__init__`, `encode` and `decode_logits` in `CVAE`.
 # - *Another loss*, or another weight of KL: change `train_step`.
 # - *A new option of training:* add it to `train_cvae`'s arguments, to `hyperparameters` and to
-#   `main`; one of the model also to `CVAE` and to `sizes`, here and in `load_checkpoint`.
+#   `main`; one of the model also to `CVAE` and to `sizes` in `train_cvae` and `load_checkpoint`.
 #
 # ## Appendix: nothing in it is about VAEs
 # **Data.** A set has 60,000 training images and 10,000 test images, kept as bytes on the device.
@@ -536,7 +531,7 @@ def read_checkpoint(path):
     except OSError:
         raise
     except Exception as error:  # without its text, which may advise to load unsafe files
-        reason = f"damaged or no checkpoint ({type(error).__name__}); move it away"
+        reason = f"damaged or not a checkpoint ({type(error).__name__}); move it away"
         raise UserError(f"Cannot read {path}: {reason}") from None
     return {"hyperparameters": {}, **checkpoint}
 
@@ -565,7 +560,7 @@ def check_resume(checkpoint, hyperparameters, epochs):
 
 
 # %% [markdown]
-# **Pictures.** They look the same whatever the user's matplotlibrc says.
+# **Pictures and the command line.** Pictures look the same whatever the user's matplotlibrc says.
 # %%
 def save_figure(path, figure, checkpoint):
     """Saves a figure; in a notebook, shows it."""
@@ -606,16 +601,13 @@ def save_losses(path, checkpoint):
     for name, axes in panels.items():
         losses = checkpoint["history"][name]
         axes.plot(range(1, len(losses) + 1), losses, ".-", label=f"{name}: {losses[-1]:.2f}")
-        axes.grid()
+        axes.grid(True)
         axes.legend()
     figure.supxlabel("epoch")
     figure.supylabel("nats per image")
     save_figure(path, figure, checkpoint)
 
 
-# %% [markdown]
-# ### The command line
-# %%
 def main(arguments):
     """Runs the command line; with no arguments, the whole job."""
     parameters = inspect.signature(train_cvae).parameters
@@ -624,10 +616,10 @@ def main(arguments):
     parser = argparse.ArgumentParser(description="Train a CVAE on images of digits; draw with it.")
     parser.set_defaults(**defaults)
     add = parser.add_argument
-    add("job", nargs="?", choices=["train", "draw", "restyle"], help="[all three]")
+    add("job", nargs="?", choices=["train", "draw", "restyle"], help="what to do [all three]")
     add("--epochs", type=int, help="number of epochs in all [%(default)s]")
     add("--batch-size", type=int, help="images per step [%(default)s]")
-    add("--learning-rate", type=float, help="of Adam [%(default)s]")
+    add("--learning-rate", type=float, help="step size of Adam [%(default)s]")
     add("--h-dim", type=int, help="size of the hidden layers [%(default)s]")
     add("--z-dim", type=int, help="latent dimensions [%(default)s]")
     add("--num-classes", type=int, help="10, or 0 for a plain VAE without labels [%(default)s]")
@@ -636,7 +628,7 @@ def main(arguments):
     add("--out-dir", help="directory of all that is saved [%(default)s]")
     add("--resume", action="store_true", help="continue from the checkpoint")
     add("--device", help="cpu, cuda, mps, ... [an accelerator that works, else cpu]")
-    add("--seed", type=int, default=argparse.SUPPRESS, help=f"[{seed} to train, random to draw]")
+    add("--seed", type=int, default=argparse.SUPPRESS, help=f"to train [{seed}], to draw [random]")
     add("--digit", type=int, choices=range(10), help="draw this digit only")
     add("--temperature", type=float, default=1.0, help="scale of z when drawing [%(default)s]")
     options = vars(parser.parse_args(arguments))

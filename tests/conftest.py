@@ -2,7 +2,6 @@
 
 import os
 import struct
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -15,32 +14,28 @@ os.environ.update(MPLCONFIGDIR=matplotlib_files.name, OMP_NUM_THREADS="1")
 os.environ.pop("MPLBACKEND", None)
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "cvae_mnist.py"
+SOURCE = SCRIPT.read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT))
 import cvae_mnist  # noqa: E402, I001, first, as users import it
 import torch  # noqa: E402
-from torchvision import datasets  # noqa: E402
 
 CHECKPOINT, OLD = "cvae_checkpoint.pth", "cvae_checkpoint.old.pth"
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-OFFLINE = "http://127.0.0.1:9"
 MNIST_ROOT = os.getenv("MNIST_ROOT") and Path(os.environ["MNIST_ROOT"]).resolve()
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def clean_machine(tmp_path, monkeypatch):
-    """An empty current folder and home, no settings of matplotlib, no network."""
+    """An empty current folder and home, and no network."""
     for folder in "here", "home":
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for name in "DISPLAY", "WAYLAND_DISPLAY", "MATPLOTLIBRC", "FORCE_COLOR", "PYTHONUNBUFFERED":
-        monkeypatch.delenv(name, raising=False)
-    home = str(tmp_path / "home")
-    variables = {"HOME": home, "USERPROFILE": home, "no_proxy": "127.0.0.1"}
-    for name, value in {**variables, "http_proxy": OFFLINE, "https_proxy": OFFLINE}.items():
-        monkeypatch.setenv(name, value)
-    for kind in datasets.MNIST, datasets.FashionMNIST, datasets.KMNIST:
-        monkeypatch.setattr(kind, "mirrors", [f"{OFFLINE}/"])
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    for name in "HOME", "USERPROFILE":
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in "http_proxy", "https_proxy":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
 @pytest.fixture(scope="session")
@@ -86,12 +81,6 @@ def trained(tmp_path_factory, train):
     folder = tmp_path_factory.mktemp("trained")
     train(out_dir=folder)
     return folder
-
-
-def run(*arguments, **options):
-    """Runs Python as a user would, in the current folder; its output is text."""
-    options = {"capture_output": True, "text": True, "timeout": 100, **options}
-    return subprocess.run([sys.executable, *arguments], **options)
 
 
 def load(folder=".", name=CHECKPOINT):

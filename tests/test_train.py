@@ -1,78 +1,64 @@
 """train_cvae: the recipe, the history, resuming, what is refused, what it reaches on MNIST."""
 
+import itertools
+import os
+import re
 import shutil
+import time
+from functools import partial
 from pathlib import Path
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ACCELERATOR, CHECKPOINT, MNIST_ROOT, OLD, load, same
+from conftest import ACCELERATOR, CHECKPOINT, MNIST_ROOT, load, same
 
 import cvae_mnist
 from cvae_mnist import UserError, inference_cvae, train_cvae
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """Instead of training, notes each step: the optimizer, its batch, the step's number."""
-    steps = []
+def test_an_epoch_takes_every_image_once_with_adam_at_a_constant_rate(train, monkeypatch):
+    numbers, batches, average = torch.arange(250), [], Mock()
+    data = numbers.byte().view(-1, 1).expand(-1, 784), numbers % 10
 
     def train_step(model, optimizer, x, c):
-        steps.append([optimizer, x[:, 0] * 255, c])
-
-    monkeypatch.setattr(cvae_mnist, "train_step", train_step)
-    monkeypatch.setattr(cvae_mnist, "update_average", lambda _, __, step: steps[-1].append(step))
-    return steps
-
-
-def test_an_epoch_takes_every_image_once_with_its_label_in_an_order_of_its_own(
-    train, steps, monkeypatch
-):
-    numbers = torch.arange(250)
-    data = numbers.byte().view(-1, 1).expand(-1, 784), numbers % 10
-    monkeypatch.setattr(cvae_mnist, "load_images", lambda *_: ("MNIST", data, data))
-    train(epochs=1, batch_size=60)
-    train(epochs=2, batch_size=60, resume=True)
-    assert [number for *_, number in steps] == list(range(10))  # counted on by the resumed run
-    assert [len(x) for _, x, _, _ in steps] == [60, 60, 60, 60, 10] * 2
-    orders = [torch.cat([x for _, x, _, _ in part]).round() for part in (steps[:5], steps[5:])]
-    assert not torch.equal(*orders)
-    for order, part in zip(orders, (steps[:5], steps[5:]), strict=True):
-        assert torch.equal(order.sort().values, numbers) and not torch.equal(order, numbers)
-        assert torch.equal(torch.cat([c for _, _, c, _ in part]).argmax(1), order.long() % 10)
-
-
-def test_the_recipe_is_adams_and_nothing_changes_its_learning_rate(train, steps):
-    model = train(epochs=12, learning_rate=0.01)
-    other = train(epochs=1, learning_rate=0.01, seed=1)
-    assert not torch.equal(model.fc1.weight, other.fc1.weight)  # the initial weights
-    for optimizer, *_ in steps:
+        batches.append((x[:, 0] * 255).round().long())
+        assert torch.equal(c.argmax(dim=1), batches[-1] % 10)
+        [group] = optimizer.param_groups
         assert type(optimizer) is torch.optim.Adam
-        assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [
-            (0.01, (0.9, 0.99))
-        ]
-    pictures = {path.name for path in Path("cvae_results").iterdir()}
-    assert pictures == {"epoch_1.png", "epoch_10.png", "epoch_12.png"}
+        assert (group["lr"], group["betas"]) == (0.01, (0.9, 0.99))
+
+    monkeypatch.setattr(cvae_mnist, "load_images", lambda *_: ("MNIST", data, data))
+    monkeypatch.setattr(cvae_mnist, "train_step", train_step)
+    monkeypatch.setattr(cvae_mnist, "update_average", average)
+    train = partial(train, batch_size=60, learning_rate=0.01)
+    first, _, other = train(epochs=1), train(epochs=12, resume=True), train(epochs=1, seed=1)
+    assert not torch.equal(first.fc1.weight, other.fc1.weight)  # the initial weights
+    assert [call.args[2] for call in average.mock_calls] == [*range(60), *range(5)]
+    assert [len(batch) for batch in batches] == [60, 60, 60, 60, 10] * 13
+    orders = torch.cat(batches).view(13, 250)
+    assert torch.equal(orders.sort(dim=1).values, numbers.expand(13, 250))
+    assert len(orders.unique(dim=0)) == 13
+    assert {*os.listdir("cvae_results")} == {"epoch_1.png", "epoch_10.png", "epoch_12.png"}
 
 
-def test_the_history_is_what_the_returned_model_measured_after_each_epoch(train, monkeypatch):
-    numbers = torch.arange(12_000)
-    images, labels = numbers.view(-1, 1).expand(-1, 784).to(torch.uint8), numbers % 10
+def test_the_history_is_what_the_returned_model_measured_after_an_epoch(train, monkeypatch, capsys):
+    images = torch.arange(12_000).view(-1, 1).expand(-1, 784).to(torch.uint8)
+    labels = torch.arange(12_000) % 10
     test_set = images[:300] + 7, labels[:300]
     evaluate = Mock(side_effect=[(1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0)])
     monkeypatch.setattr(cvae_mnist, "evaluate", evaluate)
     monkeypatch.setattr(cvae_mnist, "load_images", lambda *_: ("MNIST", (images, labels), test_set))
+    monkeypatch.setattr(time, "perf_counter", Mock(side_effect=itertools.count(0, 90)))
     model = train(epochs=2, batch_size=1000)
+    times = re.findall(r"\nepoch .*  (.*)  (.*)", capsys.readouterr().out)
+    assert times == [("90.0 s", "1.5 min left"), ("90.0 s", "0.0 min left")]
     measured = [(images[:10_000], labels[:10_000]), test_set] * 2
     for call, pair in zip(evaluate.call_args_list, measured, strict=True):
         assert call.args[0] is model and same(list(call.args[1:]), list(pair))
-    assert load()["history"] == {
-        "train_loss": [3, 11],
-        "reconstruction": [1, 5],
-        "kl": [2, 6],
-        "test_loss": [7, 15],
-    }
+    terms = {"reconstruction": [1, 5], "kl": [2, 6]}
+    assert load()["history"] == {"train_loss": [3, 11], **terms, "test_loss": [7, 15]}
     assert same(load()["model_state_dict"], model.state_dict()) and not model.training
 
 
@@ -84,49 +70,30 @@ def test_trains_on_an_accelerator(train):
 
 
 @pytest.mark.parametrize("num_classes", [10, 0])
-def test_stopping_and_resuming_changes_no_bit(train, num_classes):
+def test_stopping_and_resuming_with_numpys_numbers_changes_no_bit(train, num_classes):
     whole = train(num_classes=num_classes, out_dir="whole")
-    train(num_classes=num_classes, out_dir="parts", epochs=2)
+    numbers = {"batch_size": 32, "h_dim": 16, "z_dim": 3, "num_classes": num_classes, "seed": 0}
+    numbers = {name: np.int64(number) for name, number in numbers.items()}
+    numbers |= {"learning_rate": np.float64(3e-3), "out_dir": "parts"}
+    train(**numbers, epochs=np.int64(2))
     torch.manual_seed(99)  # what else the process did must not matter
-    parts = train(num_classes=num_classes, out_dir="parts", resume=True)
+    parts = train(**numbers, resume=True)
     assert same(load("parts"), load("whole")) and same(parts.state_dict(), whole.state_dict())
+    inference_cvae(np.int64(3), True, np.float32(0.5), np.int64(5), "parts")
 
 
-def test_a_run_that_is_interrupted_or_diverges_resumes_from_its_last_good_epoch(
-    train, trained, monkeypatch
-):
-    interrupted = Mock(wraps=cvae_mnist.evaluate, side_effect=[DEFAULT] * 4 + [KeyboardInterrupt])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cvae_mnist, "evaluate", interrupted)
-        train()
-    with pytest.raises(UserError, match="learning_rate"):
-        train(learning_rate=1e30, resume=True)
-    assert load()["epoch"] == 2
-    train(resume=True)
-    assert same(load(), load(trained))
-
-
-def test_resuming_a_finished_run_only_draws_the_losses(train, trained, steps):
-    before = Path(shutil.copy(trained / CHECKPOINT, CHECKPOINT)).read_bytes()
-    model = train(resume=True)
-    assert same(model.state_dict(), load()["model_state_dict"]) and not model.training
-    assert Path(CHECKPOINT).read_bytes() == before and not steps
-    assert Path("CVAE_loss.png").exists() and not Path(OLD).exists()
-
-
-def test_resuming_with_anything_else_names_every_difference_before_data_are_loaded(
-    train, trained, monkeypatch
-):
+def test_resuming_with_anything_else_names_every_difference(train, trained, monkeypatch):
+    monkeypatch.setattr(cvae_mnist, "load_images", lambda *_: pytest.fail("data were loaded"))
     before = Path(shutil.copy(trained / CHECKPOINT, CHECKPOINT)).read_bytes()
     others = {"batch_size": 64, "h_dim": 17, "z_dim": 5, "num_classes": 0, "seed": 7, "epochs": 3}
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="Cannot resume") as error:
-        patch.setattr(cvae_mnist, "load_images", lambda *_: pytest.fail("data were loaded"))
-        train(**others, resume=True)
+    error = pytest.raises(UserError, train, **others, resume=True)
+    error.match("Cannot resume")
     for name, value in others.items():
         saved = load()["hyperparameters"].get(name, 4)  # epochs
         assert all(text in str(error.value) for text in (name, str(value), str(saved)))
-    with pytest.raises(UserError, match="dataset is MNIST .* but built-in digits here"):
-        train(dataset="built-in digits", resume=True)
+    monkeypatch.setattr(cvae_mnist, "load_images", lambda *_: ("KMNIST", None, None))
+    error = pytest.raises(UserError, train, dataset="KMNIST", resume=True)
+    error.match("dataset is MNIST .* but KMNIST here")
     assert Path(CHECKPOINT).read_bytes() == before
 
 
@@ -145,42 +112,16 @@ def test_only_another_learning_rate_changes_the_optimizers(train, capsys):
     assert "0.003" in said[0] and "0.001" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("epochs", 0),
-        ("epochs", "6"),
-        ("epochs", 2.5),
-        ("num_classes", 5),
-        ("num_classes", 11),
-        ("batch_size", 0),
-        ("batch_size", 2.5),
-        ("h_dim", -1),
-        ("z_dim", None),
-        ("seed", "x"),
-        ("learning_rate", -1),
-        ("device", "nonsense"),
-        ("device", "meta"),
-        ("device", "cuda:99"),
-        ("out_dir", None),
-        ("out_dir", "file"),
-        ("out_dir", "file/below"),
-    ],
-)
-def test_a_wrong_argument_is_an_error_before_anything_happens(monkeypatch, name, value):
+def test_a_wrong_argument_is_an_error_before_anything_happens(monkeypatch):
     monkeypatch.setattr(cvae_mnist, "load_images", lambda *_: pytest.fail("data were loaded"))
     Path("file").touch()
-    with pytest.raises((TypeError, ValueError, OSError)):
-        train_cvae(**{name: value})
-    assert list(Path().iterdir()) == [Path("file")]
-
-
-def test_numbers_from_numpy_are_stored_as_plain_ones(train, trained):
-    sizes = {"batch_size": np.int64(32), "h_dim": np.int64(16), "z_dim": np.int64(3)}
-    train(epochs=np.int64(3), **sizes, learning_rate=np.float64(3e-3), seed=np.uint8(0))
-    train(epochs=np.int64(4), **sizes, learning_rate=np.float64(3e-3), resume=True)
-    assert same(load(), load(trained))  # could not be loaded if it held numpy's
-    assert inference_cvae(np.int64(3), True, np.float32(0.5), np.int64(5)).shape == (10, 1, 28, 28)
+    wrong = {"epochs": [0, "6"], "batch_size": [0, 2.5], "h_dim": [-1], "z_dim": [None]}
+    wrong |= {"num_classes": [5, 11], "seed": ["x"], "learning_rate": [-1], "out_dir": ["file"]}
+    wrong |= {"device": ["nonsense", "meta", "cuda:99"]}
+    for name, values in wrong.items():
+        for value in values:
+            pytest.raises((TypeError, ValueError, OSError), train_cvae, **{name: value})
+            assert os.listdir() == ["file"]
 
 
 def test_the_label_decides_which_digit_is_drawn(train, digits):
