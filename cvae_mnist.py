@@ -208,8 +208,7 @@ def generate(model, z, labels):
 #     losses = []
 #     for indices in torch.randperm(len(images)).split(256):
 #         x = images[indices] / 255
-#         c = model.one_hot(labels[indices])
-#         losses.append(train_step(model, optimizer, x, c))
+#         losses.append(train_step(model, optimizer, x, model.one_hot(labels[indices])))
 #     print(epoch + 1, torch.stack(losses).mean().item())
 # model.eval()  # changes nothing here; with Dropout or BatchNorm it must come before you draw
 # grid = utils.make_grid(generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
