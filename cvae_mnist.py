@@ -1,41 +1,63 @@
 # %% [markdown]
 # # Handwritten digits with a conditional VAE
-# A variational autoencoder (VAE) has two parts. The *encoder* describes an image by a short list of
-# numbers, the *latent* (hidden) *vector* `z`. The *decoder* turns a `z` back into an image. They
-# are trained together to return the image that the encoder was given. In a *conditional* VAE (CVAE)
-# both are also given the label `c`: which digit it is. So `z` need only describe the style: slant,
-# width, thickness. In the end, any label and a random `z` give a new digit.
+# This file trains a neural network that draws handwritten digits. You say which digit, and it draws
+# that digit in as many styles as you like.
+#
+# The network is a *variational autoencoder* (VAE). It has two parts:
+#
+# - The *encoder* looks at an image and describes it by a short list of numbers, here 50. This list
+#   is called `z`, the *latent* (hidden) *vector*.
+# - The *decoder* gets `z` and draws an image.
+#
+# The two are trained together. The encoder describes an image, and the decoder must draw the same
+# image from the description. So `z` has to say what matters about the image.
+#
+# In a *conditional* VAE (CVAE), both parts are also told the *label* `c`: which digit the image
+# shows. Then `z` need not say it again. It is left with the rest, the style: how slanted, how wide,
+# how thick the digit is.
+#
+# After the training, the decoder alone draws new digits. It needs a label, which you choose, and a
+# `z`, which is made of random numbers.
 # ```text
-# to train           encoder                                     decoder
-#  image x ───┐                ┌─► mu ──────┐
-#             ├─► 600 ReLUs ───┤            ├─► z = mu + std * noise ──┐
-#  label c ─┬─┘                └─► log_var ─┘                          ├─► 600 ReLUs ───► image
-#           └──────────────────────────────────────────────────────────┘
-# to draw                                     z = noise ──┐
-#                                             label c ────┴─► 600 ReLUs ───► image
+# Training:            encoder                                     decoder
+#  image x ────┐                 ┌─► mu ──────┐
+#              ├─► 600 units ────┤            ├─► z = mu + std * noise ──┐
+#  label c ─┬──┘                 └─► log_var ─┘                          ├─► 600 units ───► image
+#           └────────────────────────────────────────────────────────────┘
+# Drawing:                                      z = noise ───────────────┐
+#                                               label c ─────────────────┴─► 600 units ───► image
 # ```
-# Part 1 is the idea. Part 2 trains a model and draws with it: run the file and, after 5 to 15
-# minutes without a GPU, look at new digits. The appendix is the rest. The file is a notebook, too:
-# each `# %%` begins a cell, and only the last one starts training.
+# Each part has one hidden layer of 600 units. Part 1 explains `mu`, `log_var` and the noise.
+#
+# - **Part 1** is the idea: the model, its loss, a training step, and drawing.
+# - **Part 2** trains a model, saves it, and draws with it.
+# - **The appendix** is the rest: data, files, pictures, options. Nothing in it is about VAEs.
+#
+# To do it all, run the file. After 5 to 15 minutes, without a GPU, you can look at new digits. The
+# file is also a notebook: each `# %%` begins a cell, and only the last cell starts to train.
 # %%
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "matplotlib>=3.8"]
 # ///
 import argparse
+import builtins
 import copy
 import inspect
 import io
 import math
 import os
-import re
 import socket
 import sys
 import time
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # beside a busy program, 12 times as fast
+# PyTorch's threads keep their cores busy even while they wait for each other. When another program
+# was busy, too, an epoch took 12 to 24 times as long. So let them give up their cores sooner.
+# PyTorch reads this when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 from matplotlib import get_data_path, patches, style
@@ -44,69 +66,90 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision import datasets, transforms, utils
 
-torch.log1p(torch.tensor(-0.0))  # makes the loss 2.7 times as fast on CPUs with AVX-512
-BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # has it?
-
 
 # %% [markdown]
 # ## Part 1: the idea
-# An image `x` is 28 x 28 = 784 gray values from 0 (black) to 1 (white). A label `c` is *one-hot*:
-# ten numbers, 1 in the digit's place and 0 elsewhere. It is appended to `x` and to `z`. We treat
-# pixels as black or white: a gray value of 0.3 means white with probability 0.3. The decoder
-# returns each pixel's probability of being white. A drawing shows it as a gray value, black on
-# white: the mean of all images that share this `z` and `c`, so it can look faint or blurred.
 #
-# The encoder does not return one point `z` but a normal distribution over `z`, with a mean `mu` and
-# a variance for each of the 50 latent dimensions. Why? If it returned points, nothing would make
-# the points between them decode to digits. With a distribution, a new `z` near the mean is sampled
-# each time an image is used, and the decoder must return the image from all of them. The loss
-# (below) makes it costly for a distribution to differ from the standard normal: to have a mean far
-# from 0 or a variance far from 1. So the distributions overlap and together roughly cover the
-# region where standard normal `z` fall. After training, most `z` from there decode to a digit.
-# (Holes remain: some drawings are broken.) A variance is positive, but a layer may return any
-# number. So the encoder returns the logarithm of the variance, `log_var`.
+# ### Images and labels
+# An image `x` has 28 x 28 = 784 pixels. A pixel is a number from 0 (black, the background) to 1
+# (white, the ink). The pictures that this file saves are inverted: black ink on white paper.
 #
-# In training, `z` is sampled from this distribution. But gradients cannot pass through sampling to
-# `mu` and `log_var`. Hence the *reparameterization trick*: take standard normal noise, multiply it
-# by `std` = exp(`log_var` / 2), the root of the variance, and add `mu`.
+# We treat a pixel as something that is either white or black, and its number as a probability: 0.3
+# means white with probability 0.3. The decoder returns such a probability for each pixel. Shown as
+# grays, they are the drawing.
+#
+# A label `c` is *one-hot*: ten numbers, a 1 at the digit's place and nine 0s. To tell the label to
+# the encoder, these ten numbers are appended to `x`. For the decoder, they are appended to `z`.
+#
+# ### Why the encoder returns a distribution
+# Think first of an encoder that describes each image by one point `z`. (That is a plain
+# *autoencoder*.) Its decoder learns what to draw at these points, and only there. Nothing tells it
+# what to draw at the points between them. So from a random `z` it draws a scribble.
+#
+# The encoder of a VAE describes an image by a whole region of points: a normal distribution over
+# `z`. It returns a mean and a variance for each of the 50 numbers in `z`, which are called the
+# *latent dimensions*. The means are called `mu`. Each time an image is used in training, a new `z`
+# is sampled from its distribution, and the decoder must draw the image from it. So it learns to
+# draw the image at all points near `mu`.
+#
+# To draw a new digit, we need a random `z` at which the decoder knows what to draw. Where do we
+# take it from? We choose the place in advance: the *standard normal distribution*, with mean 0 and
+# variance 1 in each dimension. During training, the second term of the loss (below) keeps the
+# distribution of every image close to this one. Then the distributions of different images overlap,
+# and together they roughly fill the standard normal distribution. Most `z` sampled from it decode
+# to a digit. (Not all: there are holes, and some drawings are broken.)
+#
+# A variance is positive, but a layer may return any number. So the encoder does not return the
+# variance itself but its logarithm, `log_var`.
+#
+# ### The reparameterization trick
+# To train the encoder, we need gradients: how does the loss change if `mu` and `log_var` change a
+# little? If a library function just hands us a random `z`, there is no formula that leads from `mu`
+# to `z`, and so there is no gradient.
+#
+# The *reparameterization trick* is to write such a formula. Sample noise from the standard normal
+# distribution. Multiply it by the standard deviation `std` = exp(`log_var` / 2), the square root of
+# the variance. Add `mu`. The result is distributed as before. But now the randomness comes from
+# outside, and `z` is a product and a sum. Gradients pass through both, to `mu` and to `log_var`.
 # %%
 class CVAE(nn.Module):
-    """A VAE with labels; num_classes=0: without. Kingma and Welling, Auto-Encoding Variational
-    Bayes, 2014; with labels: Kingma et al., Semi-supervised Learning with Deep Generative Models,
-    2014 (model M2, with all labels known)."""
+    """A VAE with labels; with num_classes=0, one without.
+
+    Kingma and Welling, Auto-Encoding Variational Bayes, 2014. With labels: Kingma et al.,
+    Semi-supervised Learning with Deep Generative Models, 2014, model M2 (here all labels are
+    known)."""
 
     def __init__(self, input_dim=784, h_dim=600, z_dim=50, num_classes=10):
         super().__init__()
         self.z_dim = z_dim
         self.num_classes = num_classes
-        self.fc1 = nn.Linear(input_dim + num_classes, h_dim)  # encoder
-        self.fc2 = nn.Linear(h_dim, z_dim)  # mean
-        self.fc3 = nn.Linear(h_dim, z_dim)  # log-variance
-        self.fc4 = nn.Linear(z_dim + num_classes, h_dim)  # decoder
-        self.fc5 = nn.Linear(h_dim, input_dim)  # pixels
+        self.fc1 = nn.Linear(input_dim + num_classes, h_dim)  # encoder: hidden layer
+        self.fc2 = nn.Linear(h_dim, z_dim)  # encoder: mean
+        self.fc3 = nn.Linear(h_dim, z_dim)  # encoder: log-variance
+        self.fc4 = nn.Linear(z_dim + num_classes, h_dim)  # decoder: hidden layer
+        self.fc5 = nn.Linear(h_dim, input_dim)  # decoder: pixels
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)  # lower loss than PyTorch's default
+                nn.init.normal_(layer.weight, std=0.02)  # the loss gets lower than with the default
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def one_hot(self, labels):
         """labels [B], int64 -> c [B, num_classes]: 1 in the label's column, 0 elsewhere."""
-        if self.num_classes == 0:
-            return torch.zeros(len(labels), 0, device=labels.device)  # nothing to append
-        return F.one_hot(labels, self.num_classes).float()
+        c = F.one_hot(labels, self.num_classes or 10).float()
+        return c[:, : self.num_classes]  # of a plain VAE: nothing, [B, 0]
 
     def encode(self, x, c):
         """x [B, 784] or [B, 1, 28, 28] in [0, 1], c [B, num_classes] -> mu, log_var [B, z_dim]."""
         h = F.relu(self.fc1(torch.cat([x.flatten(1), c], dim=1)))
-        return self.fc2(h).to(x.dtype), self.fc3(h).to(x.dtype)  # if autocast made them 16 bits
+        return self.fc2(h), self.fc3(h)
 
     def reparameterize(self, mu, log_var):
         """mu, log_var [B, z_dim] -> z [B, z_dim], sampled from this normal distribution."""
         return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
     def decode_logits(self, z, c):
-        """z [B, z_dim], c [B, num_classes] -> logits [B, 784], the pixels before the sigmoid."""
+        """z [B, z_dim], c [B, num_classes] -> logits [B, 784]: the pixels before the sigmoid."""
         return self.fc5(F.relu(self.fc4(torch.cat([z, c], dim=1))))
 
     def decode(self, z, c):
@@ -114,57 +157,98 @@ class CVAE(nn.Module):
         return torch.sigmoid(self.decode_logits(z, c))
 
     def forward(self, x, c):
-        """The usual interface, not used here: logits make the loss more precise, and faster."""
+        """x, c -> images, mu, log_var. For other programs; the loss below takes the logits."""
         mu, log_var = self.encode(x, c)
         return self.decode(self.reparameterize(mu, log_var), c), mu, log_var
 
 
 # %% [markdown]
-# ### The loss
-# As probabilities, the model is a prior and a decoder; the encoder helps to train it. The *prior*
-# p(z) is what we assume of `z` before we see an image: standard normal, the same for every label,
-# so that a style can be kept while the label changes. The decoder is p(x|z,c), the probability of
-# `x`, given `z` and `c`: each pixel is white with a probability of its own. The encoder is
-# q(z|x,c): independent normals with mean `mu` and variance exp(`log_var`).
+# ### The loss: what we want
+# Let us now see the decoder as a machine that makes images by chance, in two steps.
 #
-# A model that makes the training images probable draws images like them. So training should raise
-# log p(x|c). (Probabilities of images multiply, their logs add.) But p(x|c) sums over all `z`, and
-# we would have to try far too many, since hardly any random `z` fits a given image. The encoder
-# learns which ones do. With E for the mean over `z` sampled from q:
+# 1. Sample `z` from the standard normal distribution, p(z). It is called the *prior*: what we
+#    assume about `z` before we have seen an image. It is the same for every label. So any style can
+#    go with any digit.
+# 2. Make each pixel white with the probability that the decoder gives it, each independently of the
+#    others. The probability that this step makes the image `x` is called p(x|z,c): the probability
+#    of `x`, given `z` and `c`.
+#
+# Both steps together make the image `x` with some probability p(x|c). A good model makes the images
+# of the training set probable, for then it makes images like them. So we want p(x|c) to be large
+# for all of them. Probabilities of many images are multiplied. Sums are easier, so we take
+# logarithms: we want the mean of log p(x|c) to be large.
+#
+# ### Why we cannot compute it
+# Every `z` can lead to `x`, though most do so with a tiny probability. So p(x|c) is a sum over all
+# `z`. (An integral, to be exact.) We could try random `z` and take the mean of p(x|z,c). But hardly
+# any random `z` fits a given image. We would have to try far too many.
+#
+# Here the encoder helps. It tells where the `z` are that fit the image: in the normal distribution
+# with mean `mu` and variance exp(`log_var`). This distribution is called q(z|x,c).
+#
+# ### What we can compute
+# E[...] means: the mean over `z` sampled from q.
 # ```text
-# p(x|c) = sum over z of p(z) p(x|z,c)                              an integral, to be exact
-#        = sum over z of q(z|x,c) [ p(z) p(x|z,c) / q(z|x,c) ]      times q, divided by q
-#        = E[ p(z) p(x|z,c) / q(z|x,c) ]                            the mean over q
-# log p(x|c) >= E[ log( p(z) p(x|z,c) / q(z|x,c) ) ]                Jensen: log(mean) >= mean(log)
-#             = E[ log p(x|z,c) ] - KL                              KL = E[ log( q(z|x,c) / p(z) ) ]
+#     p(x|c) = sum over z of  p(z) p(x|z,c)                        all z that can lead to x
+#            = sum over z of  q(z|x,c) p(z) p(x|z,c) / q(z|x,c)    times q, divided by q
+#            = E[ p(z) p(x|z,c) / q(z|x,c) ]                       a sum weighted by q is a mean
+#
+# log p(x|c) >= E[ log( p(z) p(x|z,c) / q(z|x,c) ) ]               log of a mean >= mean of the logs
+#             = E[ log p(x|z,c) ] - E[ log( q(z|x,c) / p(z) ) ]    log of a product: a sum of logs
+#             = E[ log p(x|z,c) ] - KL                             a name for the second mean
 # ```
-# This is the *evidence lower bound* (ELBO; the evidence is p(x|c)). KL, the *Kullback-Leibler
-# divergence* of q from the prior, tells how much they differ: 0 if they are equal, else more. The
-# gap in `>=` is the KL divergence of q from p(z|x,c), the *posterior*, which says how probable each
-# `z` is once `x` is known. To find the closest q in a family, here normals, is *variational
-# inference*.
+# Why `>=`? The curve of the logarithm bends down. Take 1 and 9: the logarithm of their mean is log
+# 5 = 1.6, and the mean of their logarithms is (log 1 + log 9) / 2 = 1.1. It is like this for all
+# numbers (*Jensen's inequality*).
 #
-# We minimize -ELBO, the sum of two terms. The first, -E[ log p(x|z,c) ], is the *reconstruction
-# loss*. For a pixel with gray value g in the image and w from the decoder it is the *binary
-# cross-entropy*, -g log w - (1-g) log(1-w): the mean over white, with probability g, and black. It
-# is lowest at w = g, but not 0 there if g is gray. (Squared error would follow from a normal
-# p(x|z,c).) The second term is KL. To tell images apart, their q must overlap less: be narrower or
-# farther from 0, and both cost. So the two terms pull against each other. To tell the digit through
-# `z` would cost KL, while `c` tells it for free: so `z` holds the style.
+# The last line is the *evidence lower bound*, ELBO. (The evidence is p(x|c), and the ELBO is never
+# above its logarithm.) KL is the *Kullback-Leibler divergence* of q from the prior. It measures how
+# much the two distributions differ: it is 0 if they are equal, and else more than 0.
 #
-# For the first term, one sample of `z` per image is enough: the noise averages out over many steps.
-# The second has a formula: (mu² + var - 1 - log var) / 2 for each latent dimension. One that does
-# not help the decoder ends at mu = 0, var = 1, where it is 0. Pixels (given `z` and `c`) and latent
-# dimensions are independent in this model, so both terms are sums. Sums, not means: a mean over the
-# pixels beside a sum over the dimensions would weaken the first term 784 times, and `z` would say
-# nothing (*posterior collapse*). The unit, with natural logarithms, is the *nat*.
+# How far is the ELBO below log p(x|c)? The gap is a KL divergence, too. It is that of q from
+# p(z|x,c), the *posterior*, which says how probable each `z` is once we have seen `x`. (To see it,
+# write p(z) p(x|z,c) as p(x|c) p(z|x,c) in the line with `>=`.) So if we raise the ELBO, log p(x|c)
+# rises, or the gap shrinks. The first makes the training images more probable. The second makes the
+# encoder better at its task. Both are what we want.
+#
+# To look for the simple distribution that is closest to a complicated one is called *variational
+# inference*. The variational autoencoder has its name from there.
+#
+# ### The loss: two terms
+# Optimizers minimize. So the loss is -ELBO, which is the sum of two terms.
+#
+# **The reconstruction loss** is the first term, -E[ log p(x|z,c) ]. It is small if the decoder can
+# draw the image from the encoder's `z`. Take one pixel. Let its value in the image be g, and let
+# the decoder say that it is white with probability w. The pixel is white with probability g; this
+# costs -log w. It is black with probability 1 - g; this costs -log(1 - w). The mean cost is -g log
+# w - (1 - g) log(1 - w), the *binary cross-entropy*. It is lowest if w = g. For a gray pixel it is
+# not 0 even then, since nobody can know whether the pixel will be white. Given `z`, the pixels are
+# independent, so their probabilities are multiplied and their costs are added. To estimate the mean
+# E, one sample of `z` per image is enough: the noise averages out over many steps.
+#
+# **KL** is the second term. For normal distributions there is a formula: (mu² + var - 1 - log var)
+# / 2 for each latent dimension, where var is the variance. The dimensions are independent, so these
+# are added, too. A dimension with mu = 0 and var = 1 is equal to the prior's and costs nothing.
+#
+# **The two terms pull against each other.** To draw the image, the decoder must find out from `z`
+# which image it was. So the distributions of different images should not overlap much. They must be
+# narrower than the prior, or lie away from 0, and both make KL larger. The encoder pays this price
+# only for what saves more of the reconstruction loss. It does not pay for telling the digit, which
+# `c` tells for free. So `z` is left with the style.
+#
+# **Sums, not means.** Both terms are sums: over the pixels and over the dimensions. Suppose that
+# you take the mean over the pixels instead. Then the first term is 784 times smaller, and nothing
+# in the image is worth its price in KL. All distributions become equal to the prior, and `z` says
+# nothing about the image. This is called *posterior collapse*.
+#
+# With natural logarithms, the unit of the loss is called the *nat*.
 # %%
 def negative_elbo(model, x, c):
     """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss [B], KL [B].
 
     In nats. Kingma and Welling, section 2.2 (the bound) and appendix B (KL of two normals).
-    The cross-entropy of logits avoids log(0) where a probability is rounded to 0 or 1."""
-    mu, log_var = model.encode(x, c)
+    The cross-entropy takes logits: it avoids log(0) where a probability is rounded to 0 or 1."""
+    mu, log_var = [value.to(x.dtype) for value in model.encode(x, c)]  # as precise as x
     logits = model.decode_logits(model.reparameterize(mu, log_var), c)
     losses = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none")
     kl = (mu**2 + log_var.exp() - 1 - log_var) / 2
@@ -172,13 +256,13 @@ def negative_elbo(model, x, c):
 
 
 # %% [markdown]
-# ### Training
-# A step on B images: find the gradient of their mean loss, move the weights a little against it.
+# ### A training step
+# A step takes a batch of B images and their mean loss. The gradient says in which direction of the
+# weights the loss rises. The optimizer moves the weights a little in the opposite direction.
 # %%
 def train_step(model, optimizer, x, c):
     """x [B, 784], c [B, num_classes] -> the batch's loss before the step, in nats per image."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):  # 16 bits where they are faster
-        reconstruction, kl = negative_elbo(model, x, c)
+    reconstruction, kl = negative_elbo(model, x, c)
     loss = (reconstruction + kl).mean()
     optimizer.zero_grad()
     loss.backward()
@@ -187,69 +271,105 @@ def train_step(model, optimizer, x, c):
 
 
 # %% [markdown]
-# To draw, the encoder is not needed. Sample `z` from the prior, choose labels, decode.
+# ### Drawing
+# To draw, we do not need the encoder. Sample `z` from the prior, choose labels, and decode.
 # %%
 @torch.no_grad()
 def generate(model, z, labels):
     """z [N, z_dim] and N labels (integers) -> images [N, 1, 28, 28] in [0, 1], on the CPU."""
-    c = model.one_hot(torch.as_tensor(labels, device="cpu"))  # a wrong one would crash CUDA
+    numbers = torch.as_tensor(labels).tolist()  # integers of any type; on a GPU, a wrong one
+    c = model.one_hot(torch.tensor(numbers))  # would crash the program, so this is on the CPU
     device = next(model.parameters()).device
     return model.decode(z.to(device), c.to(device)).reshape(-1, 1, 28, 28).cpu()
 
 
 # %% [markdown]
-# That is the whole idea. To try it in a notebook, run all cells but the last, then these lines. (An
-# *epoch* uses every training image once, in random order, a batch at a time.)
+# ### That is the whole idea
+# The lines below train a model with nothing but what stands above, and draw with it. Where to run
+# them:
+#
+# - In a notebook, run all cells but the last one of this file, then these lines.
+# - In a terminal, save these lines, without their `# `, in a file `idea.py` beside this one. Above
+#   them write `from cvae_mnist import *`. Then run `python idea.py`.
+#
+# An *epoch* uses every training image once, in random order, a batch at a time.
 # ```python
-# name, (images, labels), test = load_images("./mnist")  # from the appendix; downloads MNIST
+# name, (images, labels), test_set = load_images("./mnist")  # in the appendix; downloads MNIST
 # model = CVAE()
 # optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-# for epoch in range(10):  # about a minute on two CPU cores
+# for epoch in range(10):  # a minute or two on two CPU cores
 #     losses = []
 #     for indices in torch.randperm(len(images)).split(256):
-#         x = images[indices] / 255
-#         losses.append(train_step(model, optimizer, x, model.one_hot(labels[indices])))
+#         x, c = images[indices] / 255, model.one_hot(labels[indices])
+#         losses.append(train_step(model, optimizer, x, c))
 #     print(epoch + 1, torch.stack(losses).mean().item())
-# model.eval()  # changes nothing here; with Dropout or BatchNorm it must come before you draw
+# model.eval()  # changes nothing here, but layers like Dropout need it before you draw
 # grid = utils.make_grid(generate(model, torch.randn(10, model.z_dim), range(10)), nrow=10)
-# Image.fromarray((255 * (1 - grid[0])).byte().numpy())  # shows the digits, black on white
+# picture = Image.fromarray((255 * (1 - grid[0])).byte().numpy())  # black on white
+# picture.save("idea.png")
+# picture  # a notebook shows it
 # ```
-# On MNIST the losses fall from 167 to 101. (The first step's loss is 784 ln 2 = 543: every pixel at
-# 1/2.) `evaluate(model, *test)`, see below, gives the two terms: 81 and 20. Try it: in `loss = ...`
-# of `train_step`, write `0 * kl` for `kl`. They end at 57 and 700, and drawings are scribbles: no
-# `z` from the prior is like those the decoder was trained on. With `10 * kl`, they end at 146 and
-# 1.4: `z` says almost nothing, and drawings are blurred and alike.
+# The printed losses fall from about 167 to 101. (The very first step's loss is 543: an untrained
+# model gives every pixel the probability 1/2, which costs log 2, and 784 log 2 = 543.) The two
+# terms end near LAST_R and LAST_K. You see them with `evaluate(model, *test_set)`, a function of
+# Part 2.
+#
+# Now change the weight of a term. In the line `loss = ...` of `train_step`, write `0 * kl` for
+# `kl`. Images are then reconstructed better than ever, but drawings are scribbles: no `z` from the
+# prior is like those that the decoder has seen. With `10 * kl`, `z` says almost nothing, and the
+# drawings of a digit are blurred and alike. README.md shows both in pictures.
 #
 # ## Part 2: train, then draw
-# With a constant learning rate the weights keep moving around an optimum. Their mean over many
-# steps is closer to it. So a second model, `average`, has the mean of the weights over all steps,
-# in which the last tenth of the steps counts for two thirds. It is used to evaluate, save and draw.
-# Without it, the test loss after ten epochs is 100.4 instead of 98.0. To evaluate, take the mean
-# loss of many images. `z` is sampled there, too: with `z` = `mu` the loss would be no bound.
+#
+# ### The mean of the weights
+# The step size of the optimizer is constant. So the weights never come to rest: each batch pushes
+# them a little to another side of the best place. The mean of the weights over many steps is closer
+# to that place. So we keep a second model, `average`, which has the mean weights. It is the model
+# that is evaluated, saved and drawn with. After ten epochs its test loss is 98.0. That of the model
+# itself is 100.4.
+#
+# Late steps are better than early ones, so they count more: step number t has a weight of about t
+# to the 9th. The last tenth of all steps then has two thirds of the weight.
 # %%
 @torch.no_grad()
 def update_average(average, model, step):
-    """Polynomial-decay averaging with eta = 9 (Shamir and Zhang 2013); step: 0, 1, 2, ..."""
-    means = average.state_dict()  # not a copy: what changes below are the weights of `average`
+    """Moves the averaged weights a part of the way, 10 / (10 + step), to the model's.
+
+    step: 0, 1, 2, ... Polynomial-decay averaging with eta = 9 (Shamir and Zhang 2013)."""
+    means = average.state_dict()  # not a copy: lerp_ below changes the weights of `average`
     for name, value in model.state_dict().items():
         if value.is_floating_point():  # not BatchNorm's counter, if you add a BatchNorm
             means[name].lerp_(value, 10 / (10 + step))
 
 
+# %% [markdown]
+# ### How good is the model?
+# To evaluate a model, take the mean of the two terms over many images. `z` is sampled as in
+# training. With `z` = `mu` the sum would look better, but it would not be -ELBO: the derivation
+# above needs a mean over samples.
+# %%
 @torch.no_grad()
 def evaluate(model, images, labels):
     """images uint8 [N, 784], labels [N] -> mean reconstruction loss and KL, in nats per image."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-        terms = negative_elbo(model, images / 255, model.one_hot(labels))
-    return [term.mean().item() for term in terms]
+    total = 0
+    for part in torch.arange(len(images)).split(1000):  # in parts: a big model needs much memory
+        terms = negative_elbo(model, images[part] / 255, model.one_hot(labels[part]))
+        total = total + torch.stack(terms).sum(dim=1)
+    return (total / len(images)).tolist()
 
 
 # %% [markdown]
 # ### Train
-# These are the two loops of above. After each epoch the averaged model is evaluated on the test
-# images and on 10,000 training images; the gap between the curves in `CVAE_loss.png` is what does
-# not generalize. `cvae_checkpoint.pth` is saved after each epoch and, every ten epochs and at the
-# end, a picture in `cvae_results`: a row per style, a column per digit (all equal in a plain VAE).
+# The two loops below are those of the lines above. After each epoch,
+#
+# - the averaged model is evaluated on all test images and on 10,000 training images. These losses
+#   are printed and plotted. Where the test loss is higher, the model has learned something that
+#   holds for the training images only.
+# - the checkpoint `cvae_checkpoint.pth` is saved. It has all that is needed to draw or to resume.
+#
+# After every tenth epoch and at the end, two pictures are saved. `CVAE_loss.png` shows the losses
+# of all epochs. `cvae_results` gets a table of drawings: a row for each style, a column for each
+# digit. (A plain VAE is not told the digit, so its columns are all alike.)
 # %%
 def train_cvae(
     epochs=100,
@@ -270,64 +390,59 @@ def train_cvae(
     dataset: see load_images. device: None for an accelerator, if it works. resume=True continues
     from the checkpoint to `epochs` in all; on a CPU, with as many threads as before, bit for bit as
     if never stopped. Seeds PyTorch. Raises UserError."""
-    for size in epochs, batch_size, h_dim, z_dim:
-        if not range(size):  # which is a TypeError if it is no integer
-            raise UserError(f"epochs, batch_size, dimensions must be positive integers, got {size}")
     if num_classes not in (10, 0):
         raise UserError(f"num_classes must be 10 or 0, got {num_classes}")
-    # plain numbers: torch.load would refuse numpy's
-    batch_size, learning_rate, seed = int(batch_size), float(learning_rate), int(seed)
-    sizes = {"h_dim": int(h_dim), "z_dim": int(z_dim), "num_classes": int(num_classes)}
-    hyperparameters = dict(batch_size=batch_size, learning_rate=learning_rate, seed=seed, **sizes)
+    epochs = positive("epochs", epochs)
+    hyperparameters = {
+        "batch_size": positive("batch_size", batch_size),
+        "learning_rate": positive("learning_rate", learning_rate, float, "number"),
+        "h_dim": positive("h_dim", h_dim),
+        "z_dim": positive("z_dim", z_dim),
+        "num_classes": int(num_classes),
+        "seed": int(seed),
+    }
     device = pick_device(device)
-    path = Path(out_dir).expanduser() / "cvae_checkpoint.pth"
     torch.manual_seed(seed)
-    model = CVAE(**sizes).to(device)
+    model = new_model(hyperparameters).to(device)
     average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
-    history = {name: [] for name in ("train_loss", "reconstruction", "kl", "test_loss")}
+    optimizer = torch.optim.Adam(model.parameters(), float(learning_rate), (0.9, 0.99), fused=True)
+    path = Path(out_dir).expanduser() / "cvae_checkpoint.pth"
+    first_epoch, history = 1, {}
     if resume:
-        checkpoint = read_checkpoint(path)
-        check_resume(checkpoint, hyperparameters, epochs)
-        average.load_state_dict(checkpoint["model_state_dict"])
-        model.load_state_dict(checkpoint["training_state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        history = checkpoint["history"]
-        saved = checkpoint["hyperparameters"]["learning_rate"]
-        if saved != learning_rate:
-            print(f"learning_rate was {saved} and is {learning_rate} from now on")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+        first_epoch, history = restore(path, epochs, hyperparameters, model, average, optimizer)
     elif path.exists():
-        old = read_checkpoint(path)
-        print(f"{path} (epoch {old.get('epoch')}) will be replaced and kept as {path.stem}.old.pth")
-    pictures = path.with_name("cvae_results")
-    pictures.mkdir(parents=True, exist_ok=True)
+        print(f"{path} will be replaced and kept as {name_to_keep(path)}")
+    path.with_name("cvae_results").mkdir(parents=True, exist_ok=True)
     dataset, train_set, test_set = load_images(data_dir, dataset)
-    hyperparameters["dataset"] = dataset
-    if resume:
-        check_resume(checkpoint, hyperparameters, epochs)  # once more, with the data set's name
-    images, labels = [part.to(device) for part in train_set]
-    test_set = [part.to(device) for part in test_set]
+    saved = hyperparameters.setdefault("dataset", dataset)  # a resumed run has it already
+    if dataset != saved:
+        raise UserError(f"Cannot resume: dataset is {saved} in the checkpoint but {dataset} here")
+    images, labels = check_images(*train_set, device)
+    test_set = check_images(*test_set, device)
     print(f"{dataset}: {len(images):,} training, {len(test_set[0]):,} test images, on {device}")
     print(f"{path} is saved after every epoch; use --resume (resume=True) to continue")
     styles = torch.randn(10, model.z_dim, generator=torch.Generator().manual_seed(0))
-    for epoch in range(len(history["test_loss"]) + 1, epochs + 1):
+    first_save = not resume
+    for epoch in range(first_epoch, epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(seed + 1_000_000 * epoch)  # so a resumed run samples the same
         batches = torch.randperm(len(images), device=device).split(batch_size)
-        for step, indices in enumerate(batches, start=(epoch - 1) * len(batches)):
-            train_step(model, optimizer, images[indices] / 255, model.one_hot(labels[indices]))
-            update_average(average, model, step)
-        reconstruction, kl = evaluate(average, images[:10_000], labels[:10_000])
-        train_loss = reconstruction + kl
-        test_loss = sum(evaluate(average, *test_set))
-        if not math.isfinite(train_loss + test_loss):
+        # For speed; see the appendix. No cache, for it would keep the weights of the first step.
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16, cache_enabled=False):
+            for step, indices in enumerate(batches, start=(epoch - 1) * len(batches)):
+                train_step(model, optimizer, images[indices] / 255, model.one_hot(labels[indices]))
+                update_average(average, model, step)
+            reconstruction, kl = evaluate(average, images[:10_000], labels[:10_000])
+            losses = {
+                "train_loss": reconstruction + kl,
+                "reconstruction": reconstruction,
+                "kl": kl,
+                "test_loss": sum(evaluate(average, *test_set)),
+            }
+        if not math.isfinite(sum(losses.values())):
             raise UserError(f"The loss is NaN or infinite in epoch {epoch}; lower learning_rate")
-        history["train_loss"].append(train_loss)
-        history["reconstruction"].append(reconstruction)
-        history["kl"].append(kl)
-        history["test_loss"].append(test_loss)
+        for name, loss in losses.items():
+            history.setdefault(name, []).append(loss)
         checkpoint = {
             "epoch": epoch,
             "model_state_dict": average.state_dict(),  # the one to use
@@ -336,85 +451,102 @@ def train_cvae(
             "hyperparameters": hyperparameters,
             "history": history,
         }
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, first_save)
+        first_save = False
         seconds = time.perf_counter() - start
         minutes = seconds * (epochs - epoch) / 60
         print(
-            f"epoch {epoch}/{epochs}  loss {train_loss:.2f} (reconstruction {reconstruction:.2f}, "
-            f"KL {kl:.2f})  test loss {test_loss:.2f}  {seconds:.1f} s  {minutes:.1f} min left",
+            f"epoch {epoch}/{epochs}  loss {losses['train_loss']:.2f} (reconstruction "
+            f"{reconstruction:.2f}, KL {kl:.2f})  test loss {losses['test_loss']:.2f}  "
+            f"{seconds:.1f} s  {minutes:.1f} min left",
             flush=True,
         )
         if epoch % 10 == 0 or epoch == epochs:
             drawn = generate(average, styles.repeat_interleave(10, dim=0), [*range(10)] * 10)
-            save_grid(pictures / f"epoch_{epoch}.png", drawn, checkpoint, range(10))
-    save_losses(path.with_name("CVAE_loss.png"), checkpoint)
+            save_grid(out_dir, f"cvae_results/epoch_{epoch}.png", drawn, checkpoint, range(10))
+            save_losses(out_dir, checkpoint)
     return average
 
 
 # %% [markdown]
 # ### Draw
-# `temperature` multiplies `z`. At 1 the drawings are as varied as the model has learned; towards 0
-# they get cleaner and more alike.
+# `temperature` multiplies `z`. At 1, the drawings are as varied as the model has learned. Closer to
+# 0, they are cleaner and more alike.
 # %%
 def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir="."):
     """Draws the digits 0 to 9 or, with flag=True, ten of the digit `input`. Raises UserError.
 
     Saves CVAE_0-9.png or, say, CVAE_6.png, and returns its images [10, 1, 28, 28] in [0, 1], on the
-    CPU. seed=None: new z's. (`input` and `flag` are an old tutorial's names.)"""
+    CPU. seed: the same one gives the same z's; None: new ones. (`input` and `flag` are an old
+    tutorial's names.)"""
     checkpoint, model = load_checkpoint(out_dir)
     if seed is None:
-        seed = torch.Generator().seed()  # a random one
+        seed = torch.Generator().seed() % 1_000_000
+    print(f"Drawing with seed {seed}")
     generator = torch.Generator().manual_seed(int(seed))
     digits = [input] * 10 if flag else range(10)
     z = temperature * torch.randn(10, model.z_dim, generator=generator)
     images = generate(model, z, digits)
     name = f"CVAE_{input}.png" if flag else "CVAE_0-9.png"
-    save_grid(Path(out_dir).expanduser() / name, images, checkpoint, digits)
+    save_grid(out_dir, name, images, checkpoint, digits)
     return images
 
 
 # %% [markdown]
 # ### Keep the style, change the digit
-# Encode a test digit. The mean of its `z` is its style. Decode it with each of the ten labels. (Not
-# every style suits every digit.) A red box marks the reconstruction: the digit's own label.
+# Take an image of the test set. The mean that the encoder gives for it, `mu`, is its style. Decode
+# this style with each of the ten labels. In the picture a red box marks the image's own label:
+# there the decoder has drawn the image itself, as well as it can. (Not every style suits every
+# digit.)
 # %%
 @torch.no_grad()
 def restyle_cvae(indices=None, data_dir="./mnist", out_dir="."):
-    """Redraws test digits as 0 to 9, each row in the style of its test digit. Raises UserError.
+    """Redraws test images as 0 to 9, each row in the style of its image. Raises UserError.
 
-    indices: a list of test images; None: the first of each digit. Saves CVAE_styles.png, returns
-    its images [rows, 11, 1, 28, 28] in [0, 1], on the CPU: the original, then 0 to 9."""
+    indices: which test images; None: the first of each digit. Saves CVAE_styles.png, returns its
+    images [rows, 11, 1, 28, 28] in [0, 1], on the CPU: the original, then 0 to 9."""
     checkpoint, model = load_checkpoint(out_dir)
-    dataset = checkpoint["hyperparameters"].get("dataset", "missing in the checkpoint")
-    name, _, (images, labels) = load_images(data_dir, dataset)
+    dataset = checkpoint["hyperparameters"].get("dataset")
+    if dataset is None:
+        raise UserError("Cannot restyle: the checkpoint does not say on which data it was trained")
+    name, _, test_set = load_images(data_dir, dataset)
     if name != dataset:
         raise UserError(f"Cannot restyle: the model was trained on {dataset}, not on {name}")
+    images, labels = check_images(*test_set)
     if indices is None:
-        indices = [labels.tolist().index(digit) for digit in range(10)]
-    x = images[indices] / 255
-    labels = labels[indices]
+        indices = [labels.tolist().index(digit) for digit in labels.unique().tolist()]
+    indices = torch.as_tensor(indices)
+    x, labels = images[indices] / 255, labels[indices]
     mu, _ = model.encode(x, model.one_hot(labels))
     columns = [generate(model, mu, [digit] * len(x)) for digit in range(10)]
     rows = torch.stack([x.view(-1, 1, 28, 28), *columns], dim=1)
-    path = Path(out_dir).expanduser() / "CVAE_styles.png"
-    save_grid(path, rows.flatten(0, 1), checkpoint, ["original", *range(10)], 1 + labels)
+    captions = ["original", *range(10)]
+    save_grid(out_dir, "CVAE_styles.png", rows.flatten(0, 1), checkpoint, captions, 1 + labels)
     return rows
 
 
 # %% [markdown]
 # ### To change things
-# - *Other data*, 28 x 28 pixels with labels from 0 to 9: write another `load_images`.
+# - *Your own pictures*, 28 x 28 pixels with labels from 0 to 9: write another `load_images`.
 # - *Other layers:* change `__init__`, `encode` and `decode_logits` in `CVAE`.
 # - *Another loss*, or another weight of KL: change `train_step`.
-# - *A new option of training:* add it to `train_cvae`'s arguments, to `hyperparameters` and to
-#   `main`; one of the model also to `CVAE` and to `sizes` in `train_cvae` and `load_checkpoint`.
+# - *A new option of the training:* add it to the arguments of `train_cvae`, to its
+#   `hyperparameters`, and to `main`. If it belongs to the model, add it to `CVAE` and to
+#   `new_model` as well.
+#
+# README.md has examples.
 #
 # ## Appendix: nothing in it is about VAEs
-# **Data.** A set has 60,000 training images and 10,000 test images, kept as bytes on the device.
-# The built-in digits are made with the fonts of matplotlib.
+#
+# ### Data
+# MNIST, like the other data sets, has 60,000 training images and 10,000 test images. They are kept
+# on the device as whole numbers from 0 to 255, a byte per pixel. If there is no network to download
+# MNIST, the script makes digits from the fonts that come with matplotlib.
 # %%
 BUILT_IN = "built-in digits"
 DATASETS = ["MNIST", "FashionMNIST", "KMNIST", BUILT_IN]  # torchvision's, of ten classes, and ours
+FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
+FILES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
 
 def load_images(data_dir, dataset="MNIST"):
@@ -426,58 +558,86 @@ def load_images(data_dir, dataset="MNIST"):
         return BUILT_IN, built_in_digits(60_000, seed=0), built_in_digits(10_000, seed=1)
     if dataset not in DATASETS:
         raise UserError(f"dataset is {dataset}; it must be one of {', '.join(DATASETS)}")
-    torchvision_class = getattr(datasets, dataset)
     root = Path(data_dir).expanduser()
     raw = root / dataset / "raw"
-    files = [name.removesuffix(".gz") for name, _ in torchvision_class.resources]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; torchvision would wait without end
     try:
+        missing = not [os.stat(raw / name) for name in FILES]  # may raise PermissionError
+    except FileNotFoundError:
+        missing = True
+    try:
         parts = []
         for train in True, False:
-            part = torchvision_class(root, train, download=True)
-            images, labels = part.data, part.targets
-            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-                found = f"{len(labels)} labels up to {labels.max()}, images {list(images.shape)}"
-                raise ValueError(f"expected labels up to 9, images of 28 x 28, found {found}")
-            parts.append((images.flatten(1), labels))
+            part = getattr(datasets, dataset)(root, train, download=missing)
+            parts.append(check_images(part.data, part.targets))
         return dataset, *parts
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        advice = f"{raw} must hold these files, complete and not compressed: {' '.join(FILES)}"
         offline = isinstance(error, (RuntimeError, TimeoutError, ConnectionError, HTTPException))
-        if not offline or all(os.path.isfile(raw / name) for name in files):
-            raise UserError(f"Cannot use {dataset} in {raw}: {reason}") from error
-        advice = f"To use {dataset}, place these files in {raw}: {' '.join(files)}"
-        if dataset != "MNIST":
-            raise UserError(f"Cannot download {dataset}: {reason}. {advice}") from error
-        print(f"Cannot download MNIST: {reason}. Using {BUILT_IN} instead. {advice}")
-        return load_images(data_dir, BUILT_IN)
+        if missing and offline and dataset == "MNIST":
+            print(f"Cannot download MNIST: {reason}. Using {BUILT_IN} instead. For MNIST, {advice}")
+            return load_images(data_dir, BUILT_IN)
+        raise UserError(f"Cannot use {dataset}: {reason}. {advice}") from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def check_images(images, labels, device="cpu"):
+    """Returns uint8 [N, 784] and int64 [N] on the device; UserError if they are no images, labels.
+
+    Called with what load_images returned, whoever wrote it."""
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    digits = labels.unique().tolist()
+    fit = images.numel() == 784 * labels.numel() > 0 and {*digits} <= {*range(10)}
+    if not fit or images.dtype != torch.uint8 or labels.is_floating_point():
+        raise UserError(
+            "load_images must return images uint8 [N, 784] and labels int64 [N] from 0 to 9; got "
+            f"images {images.dtype} {list(images.shape)}, labels {labels.dtype}: {digits[:20]}"
+        )
+    return images.reshape(-1, 784).to(device), labels.flatten().long().to(device)
 
 
 def built_in_digits(count, seed):
     """Makes digits like MNIST's: images uint8 [count, 784], labels int64 [count]."""
     glyphs = []
     for name in "DejaVuSans", "cmss10", "cmtt10", "STIXGeneralItalic":
-        font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", 27)
+        font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", 25)
         for digit in "0123456789":
-            canvas = Image.new("L", (28, 28))
-            ImageDraw.Draw(canvas).text((14, 23), digit, 255, font, anchor="ms")  # middle, baseline
-            glyphs.append(transforms.functional.pil_to_tensor(canvas) / 255)
-    generator = torch.Generator().manual_seed(seed)
-    choice = torch.randint(40, [count], generator=generator)
-    spread = torch.tensor([0.12, 0.12, 0.05])  # turned and stretched more than shifted
-    matrix = torch.eye(2, 3) + spread * torch.randn(count, 2, 3, generator=generator)
-    grid = F.affine_grid(matrix, [count, 1, 28, 28], align_corners=False)
-    drawn = F.grid_sample(torch.stack(glyphs)[choice], grid, align_corners=False)
-    images = (400 * drawn).clamp(max=255).byte()  # bolder than 255 * drawn
-    return images.flatten(1), choice % 10  # each font has the glyphs 0 to 9
+            glyph = Image.new("L", (28, 28))
+            middle = (14, 22)  # of the baseline
+            ImageDraw.Draw(glyph).text(middle, digit, 255, font, anchor="ms", stroke_width=1)
+            glyphs.append(glyph)
+    smooth = transforms.InterpolationMode.BILINEAR
+    distort = transforms.RandomAffine(
+        12, (0.05, 0.05), (0.8, 1.1), 12, smooth
+    )  # turns, shifts, ...
+    with torch.random.fork_rng([]):  # afterwards PyTorch's random numbers go on as before
+        torch.manual_seed(seed)
+        choice = torch.randint(40, [count])
+        images = [transforms.functional.pil_to_tensor(distort(glyphs[i])) for i in choice.tolist()]
+    return torch.stack(images).flatten(1), choice % 10  # each font has the glyphs 0 to 9
 
 
 # %% [markdown]
-# **The device and the checkpoint.** A checkpoint is written under another name and then renamed. So
-# it is never half written, whenever the program dies.
+# ### Speed
+# Some CPUs can compute with numbers of 16 bits (bfloat16) in place of 32. Where PyTorch reports the
+# instructions, training and evaluation use them. SPEED16
+#
+# The call of `log1p` has no result that anyone uses. On a CPU with AVX-512 from AMD (Zen 4), the
+# loss takes 2.7 times as long unless `log1p` was called once before. We do not know why. On one
+# from Intel (Sapphire Rapids) it makes no difference.
+# %%
+BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+torch.log1p(torch.tensor(-0.0))
+
+
+# %% [markdown]
+# ### The device and the checkpoint
+# A checkpoint is written under another name, then renamed. So the file is whole at any moment, even
+# if the program is killed. A new run does not throw away the checkpoint that it finds: it renames
+# it after the number of its epochs.
 # %%
 class UserError(ValueError):
     """An error that the user can mend. On the command line it is one line, without a traceback."""
@@ -485,27 +645,53 @@ class UserError(ValueError):
 
 def pick_device(device=None):
     """Returns the given device; for None an accelerator, if it can compute, else the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    tried = device
+    if device is None and torch.accelerator.is_available():
+        tried = torch.accelerator.current_accelerator()
     try:
-        matrix = torch.ones(2, 2, device=device or found)
+        matrix = torch.ones(2, 2, device=tried)
         (matrix @ matrix).cpu()  # old GPUs are seen, but cannot compute
         return matrix.device
     except Exception as error:
-        if device:
-            raise UserError(f"Cannot use device {device}: {str(error).splitlines()[0]}") from error
-        print(f"warning: cannot use {found}: {str(error).splitlines()[0]}. Using the CPU")
+        if device is not None:
+            raise UserError(f"Cannot use device {device}: {error!r}") from error
+        print(f"warning: cannot use {tried}: {error!r}. Using the CPU")
         return torch.device("cpu")
 
 
-def save_checkpoint(path, checkpoint):
-    """Puts a checkpoint in place, whole; a new run's first one renames the one that is there."""
+def positive(name, value, kind=int, word="integer"):
+    """Returns a plain number, for torch.load would refuse numpy's. Raises UserError."""
+    if not 0 < value < math.inf or kind(value) != value:
+        raise UserError(f"{name} must be a positive {word}, got {value}")
+    return kind(value)
+
+
+def new_model(hyperparameters):
+    """Returns an untrained CVAE of these sizes; for a size that is missing, CVAE's default."""
+    names = "h_dim", "z_dim", "num_classes"
+    return CVAE(**{name: hyperparameters[name] for name in names if name in hyperparameters})
+
+
+def save_checkpoint(path, checkpoint, first_save):
+    """Puts a checkpoint in place, whole; the first save of a new run keeps the one before."""
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    unfinished = Path(f"{path}.{os.getpid()}.tmp")  # two runs, two files
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")  # two runs in a folder have a file each
     unfinished.write_bytes(content.getbuffer())
-    if checkpoint["epoch"] == 1 and path.exists():
-        rename(path, path.with_suffix(".old.pth"))
+    if first_save and path.exists():
+        rename(path, path.with_name(name_to_keep(path)))
     rename(unfinished, path)
+
+
+def name_to_keep(path):
+    """Returns a free name for the checkpoint at path, after its epochs; UserError if it is none."""
+    epoch = read_checkpoint(path).get("epoch", "unknown")
+    name = f"{path.stem}.epoch_{epoch}.pth"
+    number = 2
+    while path.with_name(name).exists():
+        name = f"{path.stem}.epoch_{epoch}-{number}.pth"
+        number += 1
+    return name
 
 
 def rename(old, new):
@@ -519,103 +705,125 @@ def rename(old, new):
 
 
 def read_checkpoint(path):
-    """Returns the dict in a checkpoint. Runs no code that the file may hold."""
-    old = path.with_suffix(".old.pth")
-    if not path.exists():
-        hint = f"The one before is {old}" if old.exists() else "Train first"
-        raise UserError(f"Checkpoint not found: {path}. {hint}")
+    """Returns the dict in a checkpoint. Runs no code that the file may hold. Raises UserError."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_state_dict"]
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        kept = max(path.parent.glob(f"{path.stem}.*.pth"), key=os.path.getmtime, default=None)
+        hint = f"To use the newest that was kept, rename {kept}" if kept else "Train first"
+        raise UserError(f"Checkpoint not found: {path}. {hint}") from None
     except OSError:
         raise
     except Exception as error:  # without its text, which may advise to load unsafe files
         reason = f"damaged or not a checkpoint ({type(error).__name__}); move it away"
         raise UserError(f"Cannot read {path}: {reason}") from None
+    if "model_state_dict" not in checkpoint:
+        raise UserError(f"Cannot use {path}: it has no model_state_dict, as a checkpoint has")
     return {"hyperparameters": {}, **checkpoint}
 
 
 def load_checkpoint(out_dir):
     """Returns the checkpoint in out_dir, a dict, and its CVAE, on the CPU and in eval mode."""
     checkpoint = read_checkpoint(Path(out_dir).expanduser() / "cvae_checkpoint.pth")
-    saved = checkpoint["hyperparameters"]
-    sizes = {"h_dim", "z_dim", "num_classes"} & saved.keys()
-    model = CVAE(**{name: saved[name] for name in sizes})
+    model = new_model(checkpoint["hyperparameters"])
     model.load_state_dict(checkpoint["model_state_dict"])
     return checkpoint, model.eval()
 
 
-def check_resume(checkpoint, hyperparameters, epochs):
-    """Raises UserError unless a run with these hyperparameters can continue from the checkpoint."""
+def restore(path, epochs, hyperparameters, model, average, optimizer):
+    """Puts all in the state of the checkpoint at path; returns the next epoch and the history.
+
+    Raises UserError unless the checkpoint is of a run with these hyperparameters."""
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint["hyperparameters"]
     problems = []
     for name, here in hyperparameters.items():
-        saved = checkpoint["hyperparameters"].get(name, "missing")
-        if saved != here and name != "learning_rate":
-            problems.append(f"{name} is {saved} in the checkpoint but {here} here")
+        there = saved.get(name, "missing")
+        if there != here and (name != "learning_rate" or there == "missing"):
+            problems.append(f"{name} is {there} in the checkpoint but {here} here")
     if checkpoint.get("epoch", 0) > epochs:
         problems.append(f"epochs is {epochs} but the checkpoint has {checkpoint['epoch']}")
     if problems:
         raise UserError(f"Cannot resume: {'; '.join(problems)}")
+    try:
+        average.load_state_dict(checkpoint["model_state_dict"])
+        model.load_state_dict(checkpoint["training_state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        hyperparameters["dataset"] = saved["dataset"]
+        result = checkpoint["epoch"] + 1, checkpoint["history"]
+    except KeyError as error:
+        raise UserError(f"Cannot resume: {error} is missing in the checkpoint") from None
+    before, now = saved["learning_rate"], hyperparameters["learning_rate"]
+    if before != now:  # else the optimizer keeps its own, which a scheduler may have changed
+        print(f"learning_rate was {before} and is {now} from now on")
+        for group in optimizer.param_groups:
+            group["lr"] = now
+    return result
 
 
 # %% [markdown]
-# **Pictures and the command line.** Pictures look the same whatever the user's matplotlibrc says.
+# ### Pictures and the command line
+# Pictures look the same whatever the user's settings of matplotlib are.
 # %%
-def save_figure(path, figure, checkpoint):
+def save_figure(out_dir, name, figure, checkpoint):
     """Saves a figure; in a notebook, shows it."""
     dataset = checkpoint["hyperparameters"].get("dataset", "unknown data")
     figure.suptitle(f"{dataset}, epoch {checkpoint.get('epoch')}")
+    path = Path(out_dir).expanduser() / name
     figure.savefig(path)
     print(f"Saved {path}")
-    if "ipykernel" in sys.modules:
-        from IPython import display
+    if hasattr(builtins, "__IPYTHON__"):
+        from IPython import display, get_ipython
 
-        display.display(display.Image(filename=str(path)))
+        if "terminal" not in str(type(get_ipython())):  # a terminal's IPython cannot show pictures
+            display.display(display.Image(path))
 
 
 @style.context("default")
-def save_grid(path, images, checkpoint, captions, boxes=()):
+def save_grid(out_dir, name, images, checkpoint, captions, boxes=()):
     """Saves images [N, 1, 28, 28] under captions; boxes: in each row, the column to box in red."""
     columns = len(captions)
     if checkpoint["hyperparameters"].get("num_classes") == 0:  # a plain VAE has no labels to show
         captions, boxes = [""] * columns, []
-    figure = Figure((columns, len(images) / columns + 0.7), dpi=100, layout="constrained")
+    figure = Figure((columns, len(images) / columns + 0.7), layout="constrained")
     axes = figure.subplots()
     axes.imshow(utils.make_grid(images, nrow=columns)[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axes.set(frame_on=False, yticks=[])
-    axes.set_xticks(range(16, 30 * columns, 30), captions)  # an image has 28 pixels, a gap 2
+    middles = range(16, 30 * columns, 30)  # an image has 28 pixels, a gap 2
+    axes.set(frame_on=False, yticks=[], xticks=middles, xticklabels=captions)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     for row, column in enumerate(boxes):
         corner = (30 * column + 1, 30 * row + 1)
         axes.add_patch(patches.Rectangle(corner, 29, 29, fill=False, color="tab:red", linewidth=2))
-    save_figure(path, figure, checkpoint)
+    save_figure(out_dir, name, figure, checkpoint)
 
 
 @style.context("default")
-def save_losses(path, checkpoint):
+def save_losses(out_dir, checkpoint):
     """Saves the loss per epoch on training and on test images and, apart, its two terms."""
-    figure = Figure((6, 7), dpi=100, layout="constrained")
-    loss, reconstruction, kl = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    panels = {"train_loss": loss, "test_loss": loss, "reconstruction": reconstruction, "kl": kl}
-    for name, axes in panels.items():
+    figure = Figure((6, 7), layout="constrained")
+    panels = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    for name, panel in ("train_loss", 0), ("test_loss", 0), ("reconstruction", 1), ("kl", 2):
         losses = checkpoint["history"][name]
-        axes.plot(range(1, len(losses) + 1), losses, ".-", label=f"{name}: {losses[-1]:.2f}")
-        axes.grid(True)
-        axes.legend()
+        panels[panel].plot([None, *losses], ".-", label=f"{name}: {losses[-1]:.2f}")  # from epoch 1
+        panels[panel].grid()
+        panels[panel].legend()
     figure.supxlabel("epoch")
     figure.supylabel("nats per image")
-    save_figure(path, figure, checkpoint)
+    save_figure(out_dir, "CVAE_loss.png", figure, checkpoint)
 
 
 def main(arguments):
     """Runs the command line; with no arguments, the whole job."""
-    parameters = inspect.signature(train_cvae).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    seed = defaults.pop("seed")
-    parser = argparse.ArgumentParser(description="Train a CVAE on images of digits; draw with it.")
+    parameters = inspect.signature(train_cvae).parameters.values()  # the defaults stand there only
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    seed = defaults.pop("seed")  # drawing has another default, so the parser has none
+    parser = argparse.ArgumentParser(
+        description="Train a CVAE on images of digits; draw with it.",
+        argument_default=argparse.SUPPRESS,  # what is neither given nor a default is not there
+    )
     parser.set_defaults(**defaults)
     add = parser.add_argument
-    add("job", nargs="?", choices=["train", "draw", "restyle"], help="what to do [all three]")
+    add("job", nargs="?", choices=["train", "draw", "restyle"], default=None, help="[all three]")
     add("--epochs", type=int, help="number of epochs in all [%(default)s]")
     add("--batch-size", type=int, help="images per step [%(default)s]")
     add("--learning-rate", type=float, help="step size of Adam [%(default)s]")
@@ -627,20 +835,24 @@ def main(arguments):
     add("--out-dir", help="directory of all that is saved [%(default)s]")
     add("--resume", action="store_true", help="continue from the checkpoint")
     add("--device", help="cpu, cuda, mps, ... [an accelerator that works, else cpu]")
-    add("--seed", type=int, default=argparse.SUPPRESS, help=f"to train [{seed}], to draw [random]")
-    add("--digit", type=int, choices=range(10), help="draw this digit only")
-    add("--temperature", type=float, default=1.0, help="scale of z when drawing [%(default)s]")
+    add("--seed", type=int, help=f"to train [{seed}], to draw [random]")
+    add("--digit", dest="input", type=int, choices=range(10), help="draw: this digit only")
+    add("--temperature", type=float, help="draw: scale of z [1.0]")
     options = vars(parser.parse_args(arguments))
     job = options.pop("job")
-    digit = options.pop("digit")
-    temperature = options.pop("temperature")
+    drawing = {name: options.pop(name) for name in ("input", "temperature") if name in options}
+    if drawing and job is None:
+        parser.error("--digit and --temperature need the job draw: cvae_mnist.py draw ...")
     if job in (None, "train"):
         train_cvae(**options)
     if job in (None, "draw"):
-        for input, flag in [(6, True), (6, False)] if digit is None else [(digit, True)]:
-            inference_cvae(input, flag, temperature, options.get("seed"), options["out_dir"])
+        seed = options.get("seed", torch.Generator().seed() % 1_000_000)  # one for both pictures
+        draw = partial(inference_cvae, seed=seed, out_dir=options["out_dir"], **drawing)
+        draw(flag=True)
+        if "input" not in drawing:
+            draw()
     if job in (None, "restyle"):
-        restyle_cvae(None, options["data_dir"], options["out_dir"])
+        restyle_cvae(data_dir=options["data_dir"], out_dir=options["out_dir"])
 
 
 # %% [markdown]
@@ -649,8 +861,12 @@ def main(arguments):
 # cells but this one, and then `train_cvae(resume=True)`.
 # %%
 if __name__ == "__main__":
-    if re.search(r"(kernel_launcher|pydevconsole)\.py$|ipykernel[/\\]\w+\.py$", sys.argv[0]):
-        main([])  # a notebook's or a console's own arguments are not for us
+    kernel = "pydevconsole" in sys.argv[0]  # PyCharm's console
+    if hasattr(builtins, "__IPYTHON__"):  # IPython runs: this is a notebook's cell, or a script
+        this_file = os.path.realpath(globals().get("__file__", "none"))
+        kernel = os.path.realpath(sys.argv[0]) != this_file or ".json'" in str(sys.argv)
+    if kernel:
+        main([])  # the arguments are its own
     else:
         if hasattr(sys.stdout, "reconfigure"):  # letters that it cannot show get a backslash
             sys.stdout.reconfigure(errors="backslashreplace")
