@@ -6,7 +6,7 @@
 # The network is a *variational autoencoder* (VAE). It has two parts:
 #
 # - The *encoder* looks at an image and describes it by a short list of numbers, here 50. This list
-#   is called `z`, the *latent* (hidden) *vector*.
+#   is called `z`, the *latent vector*. (Latent means hidden: no image comes with its `z`.)
 # - The *decoder* gets `z` and draws an image.
 #
 # The two are trained together. The encoder describes an image, and the decoder must draw the same
@@ -27,14 +27,16 @@
 # Drawing:                                      z = noise ───────────────┐
 #                                               label c ─────────────────┴─► 600 units ───► image
 # ```
-# Each part has one hidden layer of 600 units. Part 1 explains `mu`, `log_var` and the noise.
+# Each part has a layer of 600 units between its input and its output. Part 1 explains `mu`,
+# `log_var`, `std` and the noise.
 #
 # - **Part 1** is the idea: the model, its loss, a training step, and drawing.
 # - **Part 2** trains a model, saves it, and draws with it.
 # - **The appendix** is the rest: data, files, pictures, options. Nothing in it is about VAEs.
 #
-# To do it all, run the file. After 5 to 15 minutes, without a GPU, you can look at new digits. The
-# file is also a notebook: each `# %%` begins a cell, and only the last cell starts to train.
+# To do it all, run the file. It needs no GPU: after 5 to 15 minutes on a laptop you can look at new
+# digits. The file is also a notebook: each `# %%` begins a cell, and only the last cell starts to
+# train.
 # %%
 # /// script
 # requires-python = ">=3.10"
@@ -54,9 +56,9 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
-# PyTorch's threads keep their cores busy even while they wait for each other. When another program
-# was busy, too, an epoch took 12 to 24 times as long. So let them give up their cores sooner.
-# PyTorch reads this when it is imported.
+# For speed only: PyTorch's threads keep their cores busy even while they wait for each other. So
+# beside another busy program, on two cores, an epoch took 12 to 24 times as long. With this
+# setting, which PyTorch reads when it is imported, they give up their cores sooner.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
@@ -81,26 +83,31 @@ from torchvision import datasets, transforms, utils
 # A label `c` is *one-hot*: ten numbers, a 1 at the digit's place and nine 0s. To tell the label to
 # the encoder, these ten numbers are appended to `x`. For the decoder, they are appended to `z`.
 #
+# Images are processed in *batches*. In the code, [B, 784] is the shape of a batch: B images of 784
+# pixels.
+#
 # ### Why the encoder returns a distribution
 # Think first of an encoder that describes each image by one point `z`. (That is a plain
 # *autoencoder*.) Its decoder learns what to draw at these points, and only there. Nothing tells it
 # what to draw at the points between them. So from a random `z` it draws a scribble.
 #
 # The encoder of a VAE describes an image by a whole region of points: a normal distribution over
-# `z`. It returns a mean and a variance for each of the 50 numbers in `z`, which are called the
-# *latent dimensions*. The means are called `mu`. Each time an image is used in training, a new `z`
+# `z`. For each of the 50 numbers in `z`, it returns a mean and a variance. (These 50 are called the
+# *latent dimensions*.) The means are called `mu`. Each time an image is used in training, a new `z`
 # is sampled from its distribution, and the decoder must draw the image from it. So it learns to
 # draw the image at all points near `mu`.
 #
 # To draw a new digit, we need a random `z` at which the decoder knows what to draw. Where do we
 # take it from? We choose the place in advance: the *standard normal distribution*, with mean 0 and
-# variance 1 in each dimension. During training, the second term of the loss (below) keeps the
-# distribution of every image close to this one. Then the distributions of different images overlap,
-# and together they roughly fill the standard normal distribution. Most `z` sampled from it decode
-# to a digit. (Not all: there are holes, and some drawings are broken.)
+# variance 1 in each dimension. It is simple to sample from. During training, the second term of the
+# loss (below) pulls the distribution of every image towards this one. It cannot make them equal,
+# for then `z` would say nothing about the image. But it keeps them wide and close together. So the
+# decoder has to change its drawing smoothly from one to the next. A random `z` mostly lies between
+# the distributions of several images, and there the decoder draws something between these images: a
+# new digit. (Not always: some drawings are broken.)
 #
-# A variance is positive, but a layer may return any number. So the encoder does not return the
-# variance itself but its logarithm, `log_var`.
+# A variance is positive, but a layer may return any number. So for the variance the encoder returns
+# its logarithm, `log_var`.
 #
 # ### The reparameterization trick
 # To train the encoder, we need gradients: how does the loss change if `mu` and `log_var` change a
@@ -109,8 +116,13 @@ from torchvision import datasets, transforms, utils
 #
 # The *reparameterization trick* is to write such a formula. Sample noise from the standard normal
 # distribution. Multiply it by the standard deviation `std` = exp(`log_var` / 2), the square root of
-# the variance. Add `mu`. The result is distributed as before. But now the randomness comes from
-# outside, and `z` is a product and a sum. Gradients pass through both, to `mu` and to `log_var`.
+# the variance. Add `mu`. The result has the mean `mu` and the variance exp(`log_var`), as we
+# wanted. But now the randomness comes from outside, and `z` is a product and a sum. Gradients pass
+# through both, to `mu` and to `log_var`.
+#
+# ### The model
+# The decoder's last layer returns any numbers, called *logits*. The *sigmoid* function turns them
+# into probabilities, between 0 and 1.
 # %%
 class CVAE(nn.Module):
     """A VAE with labels; with num_classes=0, one without.
@@ -137,7 +149,7 @@ class CVAE(nn.Module):
     def one_hot(self, labels):
         """labels [B], int64 -> c [B, num_classes]: 1 in the label's column, 0 elsewhere."""
         c = F.one_hot(labels, self.num_classes or 10).float()
-        return c[:, : self.num_classes]  # of a plain VAE: nothing, [B, 0]
+        return c[:, : self.num_classes]  # without labels: nothing to append, [B, 0]
 
     def encode(self, x, c):
         """x [B, 784] or [B, 1, 28, 28] in [0, 1], c [B, num_classes] -> mu, log_var [B, z_dim]."""
@@ -164,91 +176,110 @@ class CVAE(nn.Module):
 
 # %% [markdown]
 # ### The loss: what we want
-# Let us now see the decoder as a machine that makes images by chance, in two steps.
+# Let us now see drawing as a random process in two steps.
 #
 # 1. Sample `z` from the standard normal distribution, p(z). It is called the *prior*: what we
-#    assume about `z` before we have seen an image. It is the same for every label. So any style can
-#    go with any digit.
+#    assume about `z` before we have seen an image. It is the same for every label. So the model
+#    assumes that any style can go with any digit.
 # 2. Make each pixel white with the probability that the decoder gives it, each independently of the
-#    others. The probability that this step makes the image `x` is called p(x|z,c): the probability
-#    of `x`, given `z` and `c`.
+#    others. The probability that this makes the image `x` is called p(x|z,c): the probability of
+#    `x`, given `z` and `c`. (Here `x` is black and white. Gray pixels come below.)
 #
-# Both steps together make the image `x` with some probability p(x|c). A good model makes the images
-# of the training set probable, for then it makes images like them. So we want p(x|c) to be large
-# for all of them. Probabilities of many images are multiplied. Sums are easier, so we take
-# logarithms: we want the mean of log p(x|c) to be large.
+# Both steps together make the image `x` with some probability p(x|c). Training should make it large
+# for the images of the training set: a model that makes them often makes images like them. All
+# images together have the product of their probabilities. Its logarithm is the sum of their
+# logarithms, and sums are easier. So we want log p(x|c) to be large, on average.
 #
 # ### Why we cannot compute it
 # Every `z` can lead to `x`, though most do so with a tiny probability. So p(x|c) is a sum over all
-# `z`. (An integral, to be exact.) We could try random `z` and take the mean of p(x|z,c). But hardly
-# any random `z` fits a given image. We would have to try far too many.
+# `z`. (An integral, to be exact.) Each `z` adds p(z) p(x|z,c), the probability to sample it and
+# then to make `x` from it. We could try random `z` and take the mean of p(x|z,c). But hardly any
+# random `z` fits a given image. We would have to try far too many.
 #
-# Here the encoder helps. It tells where the `z` are that fit the image: in the normal distribution
-# with mean `mu` and variance exp(`log_var`). This distribution is called q(z|x,c).
+# Here the encoder helps. Once it is trained, it tells where the `z` are that fit the image: in the
+# normal distribution with mean `mu` and variance exp(`log_var`). This distribution is called
+# q(z|x,c).
 #
 # ### What we can compute
 # E[...] means: the mean over `z` sampled from q.
 # ```text
 #     p(x|c) = sum over z of  p(z) p(x|z,c)                        all z that can lead to x
 #            = sum over z of  q(z|x,c) p(z) p(x|z,c) / q(z|x,c)    times q, divided by q
-#            = E[ p(z) p(x|z,c) / q(z|x,c) ]                       a sum weighted by q is a mean
+#            = E[ p(z) p(x|z,c) / q(z|x,c) ]                       sum of q * something = its mean
 #
 # log p(x|c) >= E[ log( p(z) p(x|z,c) / q(z|x,c) ) ]               log of a mean >= mean of the logs
-#             = E[ log p(x|z,c) ] - E[ log( q(z|x,c) / p(z) ) ]    log of a product: a sum of logs
+#             = E[ log p(x|z,c) + log( p(z) / q(z|x,c) ) ]         log of a product: a sum of logs
+#             = E[ log p(x|z,c) ] - E[ log( q(z|x,c) / p(z) ) ]    log(1/a) = -log(a)
 #             = E[ log p(x|z,c) ] - KL                             a name for the second mean
 # ```
-# Why `>=`? The curve of the logarithm bends down. Take 1 and 9: the logarithm of their mean is log
-# 5 = 1.6, and the mean of their logarithms is (log 1 + log 9) / 2 = 1.1. It is like this for all
-# numbers (*Jensen's inequality*).
+# Why `>=`? The curve of the logarithm bends down. Take the numbers 1 and 9. Their mean is 5, and
+# its logarithm is 1.6. The mean of their logarithms, 0 and 2.2, is only 1.1. It is like this for
+# all numbers (*Jensen's inequality*).
 #
 # The last line is the *evidence lower bound*, ELBO. (The evidence is p(x|c), and the ELBO is never
 # above its logarithm.) KL is the *Kullback-Leibler divergence* of q from the prior. It measures how
 # much the two distributions differ: it is 0 if they are equal, and else more than 0.
 #
-# How far is the ELBO below log p(x|c)? The gap is a KL divergence, too. It is that of q from
-# p(z|x,c), the *posterior*, which says how probable each `z` is once we have seen `x`. (To see it,
-# write p(z) p(x|z,c) as p(x|c) p(z|x,c) in the line with `>=`.) So if we raise the ELBO, log p(x|c)
-# rises, or the gap shrinks. The first makes the training images more probable. The second makes the
-# encoder better at its task. Both are what we want.
+# How far is the ELBO below log p(x|c)? The probability to get both `z` and `x` can be written in
+# two ways: p(z) p(x|z,c) or p(x|c) p(z|x,c). The new factor, p(z|x,c), is called the *posterior*.
+# It says how probable each `z` is once we have seen `x`. Write the second in place of the first:
+# ```text
+# ELBO = E[ log( p(x|c) p(z|x,c) / q(z|x,c) ) ]
+#      = log p(x|c) - E[ log( q(z|x,c) / p(z|x,c) ) ]
+# ```
+# So the gap is a KL divergence, too: that of q from the posterior. If we raise the ELBO, log p(x|c)
+# rises, or the gap shrinks. The first makes the training images more probable. The second brings
+# the encoder's q closer to the posterior, so it is better at finding the `z` that fit. Both are
+# what we want.
 #
-# To look for the simple distribution that is closest to a complicated one is called *variational
-# inference*. The variational autoencoder has its name from there.
+# To look for the simple distribution (here q) that is closest to a complicated one (here the
+# posterior) is called *variational inference*. The variational autoencoder has its name from there.
 #
 # ### The loss: two terms
 # Optimizers minimize. So the loss is -ELBO, which is the sum of two terms.
 #
 # **The reconstruction loss** is the first term, -E[ log p(x|z,c) ]. It is small if the decoder can
-# draw the image from the encoder's `z`. Take one pixel. Let its value in the image be g, and let
-# the decoder say that it is white with probability w. The pixel is white with probability g; this
-# costs -log w. It is black with probability 1 - g; this costs -log(1 - w). The mean cost is -g log
-# w - (1 - g) log(1 - w), the *binary cross-entropy*. It is lowest if w = g. For a gray pixel it is
-# not 0 even then, since nobody can know whether the pixel will be white. Given `z`, the pixels are
-# independent, so their probabilities are multiplied and their costs are added. To estimate the mean
-# E, one sample of `z` per image is enough: the noise averages out over many steps.
+# draw the image from the encoder's `z`. Take one pixel, and let its cost be minus the logarithm of
+# its probability. Let its value in the image be g, and let the decoder say that it is white with
+# probability w. The pixel is white with probability g, and then costs -log w. It is black with
+# probability 1 - g, and then costs -log(1 - w). The mean cost is called the *binary cross-entropy*:
+# ```text
+# -g log w - (1-g) log(1-w)
+# ```
+# It is lowest if w = g. For a gray pixel it is not 0 even then: even the best decoder cannot know
+# whether the pixel will be white. Given `z` and `c`, the pixels are independent. So their
+# probabilities are multiplied, and their costs, which are logarithms, are added. The mean E is
+# estimated from one sample of `z` per image. That is enough, for the noise averages out over many
+# steps.
 #
-# **KL** is the second term. For normal distributions there is a formula: (mu² + var - 1 - log var)
-# / 2 for each latent dimension, where var is the variance. The dimensions are independent, so these
-# are added, too. A dimension with mu = 0 and var = 1 is equal to the prior's and costs nothing.
+# **KL** is the second term. For normal distributions there is a formula. With var for the variance,
+# each latent dimension costs
+# ```text
+# (mu² + var - 1 - log var) / 2
+# ```
+# The dimensions are independent, so these costs are added, too. A dimension with mu = 0 and var = 1
+# is distributed like the prior. It costs nothing, and says nothing about the image.
 #
 # **The two terms pull against each other.** To draw the image, the decoder must find out from `z`
-# which image it was. So the distributions of different images should not overlap much. They must be
-# narrower than the prior, or lie away from 0, and both make KL larger. The encoder pays this price
-# only for what saves more of the reconstruction loss. It does not pay for telling the digit, which
-# `c` tells for free. So `z` is left with the style.
+# which image it was. For this alone, the distributions of different images should not overlap at
+# all. They would be narrow, or far from 0, and both make KL larger. So they overlap as much as
+# pays: the encoder spends a nat of KL only on what saves more than a nat of the reconstruction
+# loss. (The *nat* is the unit of both, with natural logarithms.) It does not pay for telling the
+# digit, which `c` tells for free. So `z` is left with the style.
 #
 # **Sums, not means.** Both terms are sums: over the pixels and over the dimensions. Suppose that
 # you take the mean over the pixels instead. Then the first term is 784 times smaller, and nothing
 # in the image is worth its price in KL. All distributions become equal to the prior, and `z` says
-# nothing about the image. This is called *posterior collapse*.
-#
-# With natural logarithms, the unit of the loss is called the *nat*.
+# nothing about the image. This is called *posterior collapse*, since q stands for the posterior.
 # %%
 def negative_elbo(model, x, c):
     """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss [B], KL [B].
 
     In nats. Kingma and Welling, section 2.2 (the bound) and appendix B (KL of two normals).
     The cross-entropy takes logits: it avoids log(0) where a probability is rounded to 0 or 1."""
-    mu, log_var = [value.to(x.dtype) for value in model.encode(x, c)]  # as precise as x
+    mu, log_var = [
+        value.to(x.dtype) for value in model.encode(x, c)
+    ]  # 32 bits, like x, even if layers use 16
     logits = model.decode_logits(model.reparameterize(mu, log_var), c)
     losses = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none")
     kl = (mu**2 + log_var.exp() - 1 - log_var) / 2
@@ -277,18 +308,18 @@ def train_step(model, optimizer, x, c):
 @torch.no_grad()
 def generate(model, z, labels):
     """z [N, z_dim] and N labels (integers) -> images [N, 1, 28, 28] in [0, 1], on the CPU."""
-    numbers = torch.as_tensor(labels).tolist()  # integers of any type; on a GPU, a wrong one
-    c = model.one_hot(torch.tensor(numbers))  # would crash the program, so this is on the CPU
+    # Integers of any type, seen on the CPU: on a GPU a wrong label would crash the program.
+    c = model.one_hot(torch.tensor(torch.as_tensor(labels).tolist()))
     device = next(model.parameters()).device
     return model.decode(z.to(device), c.to(device)).reshape(-1, 1, 28, 28).cpu()
 
 
 # %% [markdown]
 # ### That is the whole idea
-# The lines below train a model with nothing but what stands above, and draw with it. Where to run
-# them:
+# The lines below train a model with nothing but what stands above, and draw with it. (The images
+# come from the appendix.) Where to run them:
 #
-# - In a notebook, run all cells but the last one of this file, then these lines.
+# - In a notebook, run all cells of this file but the last one. Then copy the lines into a new cell.
 # - In a terminal, save these lines, without their `# `, in a file `idea.py` beside this one. Above
 #   them write `from cvae_mnist import *`. Then run `python idea.py`.
 #
@@ -309,10 +340,10 @@ def generate(model, z, labels):
 # picture.save("idea.png")
 # picture  # a notebook shows it
 # ```
-# The printed losses fall from about 167 to 101. (The very first step's loss is 543: an untrained
-# model gives every pixel the probability 1/2, which costs log 2, and 784 log 2 = 543.) The two
-# terms end near LAST_R and LAST_K. You see them with `evaluate(model, *test_set)`, a function of
-# Part 2.
+# Each printed number is the mean loss of an epoch's steps. They fall from about 167 to 101. (The
+# very first step's loss is 543: an untrained model gives every pixel the probability 1/2, which
+# costs log 2, and 784 log 2 = 543.) In the end the two terms are near LAST_R and LAST_K on test
+# images: `evaluate(model, *test_set)`, a function of Part 2.
 #
 # Now change the weight of a term. In the line `loss = ...` of `train_step`, write `0 * kl` for
 # `kl`. Images are then reconstructed better than ever, but drawings are scribbles: no `z` from the
@@ -326,14 +357,15 @@ def generate(model, z, labels):
 # them a little to another side of the best place. The mean of the weights over many steps is closer
 # to that place. So we keep a second model, `average`, which has the mean weights. It is the model
 # that is evaluated, saved and drawn with. After ten epochs its test loss is 98.0. That of the model
-# itself is 100.4.
+# without averaging is 100.4.
 #
-# Late steps are better than early ones, so they count more: step number t has a weight of about t
-# to the 9th. The last tenth of all steps then has two thirds of the weight.
+# Late steps are better than early ones, so they count more: the weight of step number t grows like
+# t**9, and the last tenth of all steps has two thirds of the weight. To get these weights, each
+# step moves the average a part of the way to the model: 10 / (10 + step).
 # %%
 @torch.no_grad()
 def update_average(average, model, step):
-    """Moves the averaged weights a part of the way, 10 / (10 + step), to the model's.
+    """Moves the averaged weights 10 / (10 + step) of the way to the model's.
 
     step: 0, 1, 2, ... Polynomial-decay averaging with eta = 9 (Shamir and Zhang 2013)."""
     means = average.state_dict()  # not a copy: lerp_ below changes the weights of `average`
@@ -363,13 +395,13 @@ def evaluate(model, images, labels):
 # The two loops below are those of the lines above. After each epoch,
 #
 # - the averaged model is evaluated on all test images and on 10,000 training images. These losses
-#   are printed and plotted. Where the test loss is higher, the model has learned something that
+#   are printed and plotted. A test loss that is higher says how much the model has learned that
 #   holds for the training images only.
 # - the checkpoint `cvae_checkpoint.pth` is saved. It has all that is needed to draw or to resume.
 #
 # After every tenth epoch and at the end, two pictures are saved. `CVAE_loss.png` shows the losses
-# of all epochs. `cvae_results` gets a table of drawings: a row for each style, a column for each
-# digit. (A plain VAE is not told the digit, so its columns are all alike.)
+# of all epochs. In the folder `cvae_results`, a picture shows drawings: a row for each style, a
+# column for each digit. (A VAE without labels is not told the digit: its columns are all alike.)
 # %%
 def train_cvae(
     epochs=100,
@@ -405,7 +437,8 @@ def train_cvae(
     torch.manual_seed(seed)
     model = new_model(hyperparameters).to(device)
     average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), float(learning_rate), (0.9, 0.99), fused=True)
+    betas = (0.9, 0.99)  # 0.99 is a little better here than the usual 0.999
+    optimizer = torch.optim.Adam(model.parameters(), float(learning_rate), betas, fused=True)
     path = Path(out_dir).expanduser() / "cvae_checkpoint.pth"
     first_epoch, history = 1, {}
     if resume:
@@ -496,8 +529,8 @@ def inference_cvae(input=6, flag=False, temperature=1.0, seed=None, out_dir=".")
 # ### Keep the style, change the digit
 # Take an image of the test set. The mean that the encoder gives for it, `mu`, is its style. Decode
 # this style with each of the ten labels. In the picture a red box marks the image's own label:
-# there the decoder has drawn the image itself, as well as it can. (Not every style suits every
-# digit.)
+# there the decoder has drawn the image itself, as well as it can. (In truth, not every style suits
+# every digit, and some drawings show it.)
 # %%
 @torch.no_grad()
 def restyle_cvae(indices=None, data_dir="./mnist", out_dir="."):
@@ -539,9 +572,10 @@ def restyle_cvae(indices=None, data_dir="./mnist", out_dir="."):
 # ## Appendix: nothing in it is about VAEs
 #
 # ### Data
-# MNIST, like the other data sets, has 60,000 training images and 10,000 test images. They are kept
-# on the device as whole numbers from 0 to 255, a byte per pixel. If there is no network to download
-# MNIST, the script makes digits from the fonts that come with matplotlib.
+# MNIST has 60,000 training images and 10,000 test images. They are kept on the device as whole
+# numbers from 0 to 255, a byte per pixel. FashionMNIST (clothes) and KMNIST (Japanese letters) are
+# data sets of the same form. If there is no network to download MNIST, the script makes digits from
+# the fonts that come with matplotlib.
 # %%
 BUILT_IN = "built-in digits"
 DATASETS = ["MNIST", "FashionMNIST", "KMNIST", BUILT_IN]  # torchvision's, of ten classes, and ours
@@ -622,11 +656,12 @@ def built_in_digits(count, seed):
 
 # %% [markdown]
 # ### Speed
-# Some CPUs can compute with numbers of 16 bits (bfloat16) in place of 32. Where PyTorch reports the
-# instructions, training and evaluation use them. SPEED16
+# Some CPUs have instructions for numbers of 16 bits (bfloat16), which PyTorch's layers can use in
+# place of those of 32. If PyTorch reports them, the layers use them in `train_cvae`. Weights and
+# losses keep 32 bits. SPEED16
 #
-# The call of `log1p` has no result that anyone uses. On a CPU with AVX-512 from AMD (Zen 4), the
-# loss takes 2.7 times as long unless `log1p` was called once before. We do not know why. On one
+# The last line below computes something that nobody uses. On a CPU from AMD with AVX-512 (Zen 4),
+# the loss takes 2.7 times as long if `log1p` was never called before. We do not know why. On one
 # from Intel (Sapphire Rapids) it makes no difference.
 # %%
 BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
