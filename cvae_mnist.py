@@ -35,8 +35,8 @@
 # - **The appendix** is the rest: data, files, pictures, options. Nothing in it is about VAEs.
 #
 # To do it all, run the file. It needs no GPU: after 5 to 15 minutes on a laptop you can look at new
-# digits. The file is also a notebook: each `# %%` begins a cell, and only the last cell starts to
-# train.
+# digits. You can also open the file as a notebook, in VS Code, PyCharm or Spyder: each `# %%`
+# begins a cell, and only the last cell starts to train.
 # %%
 # /// script
 # requires-python = ">=3.10"
@@ -97,14 +97,18 @@ from torchvision import datasets, transforms, utils
 # is sampled from its distribution, and the decoder must draw the image from it. So it learns to
 # draw the image at all points near `mu`.
 #
-# To draw a new digit, we need a random `z` at which the decoder knows what to draw. Where do we
-# take it from? We choose the place in advance: the *standard normal distribution*, with mean 0 and
-# variance 1 in each dimension. It is simple to sample from. During training, the second term of the
-# loss (below) pulls the distribution of every image towards this one. It cannot make them equal,
-# for then `z` would say nothing about the image. But it keeps them wide and close together. So the
-# decoder has to change its drawing smoothly from one to the next. A random `z` mostly lies between
-# the distributions of several images, and there the decoder draws something between these images: a
-# new digit. (Not always: some drawings are broken.)
+# To draw a new digit, we need a random `z` at which the decoder knows what to draw. From where do
+# we take it? We choose a distribution in advance: the *standard normal distribution*, with mean 0
+# and variance 1 in each dimension. It is simple to sample from. The loss (below) has two terms. One
+# asks for a good drawing. The other pulls the distribution of every image towards the standard
+# normal one. The first works against this: if all were equal to it, `z` would say nothing about the
+# image, and the decoder could not draw it.
+#
+# The result is a compromise: the distributions are wide, and close together. Where two of them
+# overlap, the same `z` can come from two images, and the decoder must draw something that suits
+# both. So its drawing changes smoothly from one to the next. A random `z` mostly lies between the
+# distributions of several images, and there the decoder draws something between these images: a new
+# digit. (Not always: some drawings are broken.)
 #
 # A variance is positive, but a layer may return any number. So for the variance the encoder returns
 # its logarithm, `log_var`.
@@ -116,7 +120,7 @@ from torchvision import datasets, transforms, utils
 #
 # The *reparameterization trick* is to write such a formula. Sample noise from the standard normal
 # distribution. Multiply it by the standard deviation `std` = exp(`log_var` / 2), the square root of
-# the variance. Add `mu`. The result has the mean `mu` and the variance exp(`log_var`), as we
+# the variance. Add `mu`. The result is normal, with mean `mu` and variance exp(`log_var`), as we
 # wanted. But now the randomness comes from outside, and `z` is a product and a sum. Gradients pass
 # through both, to `mu` and to `log_var`.
 #
@@ -186,19 +190,21 @@ class CVAE(nn.Module):
 #    `x`, given `z` and `c`. (Here `x` is black and white. Gray pixels come below.)
 #
 # Both steps together make the image `x` with some probability p(x|c). Training should make it large
-# for the images of the training set: a model that makes them often makes images like them. All
-# images together have the product of their probabilities. Its logarithm is the sum of their
-# logarithms, and sums are easier. So we want log p(x|c) to be large, on average.
+# for the images of the training set: a model that is likely to make these images also makes similar
+# ones. The probability to make all of them is the product of their probabilities. The logarithm of
+# a product is the sum of the logarithms, and sums are easier. So we want log p(x|c) to be large, on
+# average.
 #
 # ### Why we cannot compute it
 # Every `z` can lead to `x`, though most do so with a tiny probability. So p(x|c) is a sum over all
-# `z`. (An integral, to be exact.) Each `z` adds p(z) p(x|z,c), the probability to sample it and
-# then to make `x` from it. We could try random `z` and take the mean of p(x|z,c). But hardly any
-# random `z` fits a given image. We would have to try far too many.
+# `z`. (An integral, to be exact.) Each `z` adds p(z) p(x|z,c): the probability to sample it, times
+# the probability to make `x` from it. To estimate this sum, we could sample many `z` from p(z) and
+# take the mean of p(x|z,c). But hardly any random `z` fits a given image. We would need far too
+# many.
 #
-# Here the encoder helps. Once it is trained, it tells where the `z` are that fit the image: in the
-# normal distribution with mean `mu` and variance exp(`log_var`). This distribution is called
-# q(z|x,c).
+# Here the encoder helps. Its task is to tell where the `z` are that fit the image: in the normal
+# distribution with mean `mu` and variance exp(`log_var`). This distribution is called q(z|x,c).
+# What follows is true for any q, also at the start of training, when it is a bad one.
 #
 # ### What we can compute
 # E[...] means: the mean over `z` sampled from q.
@@ -225,7 +231,8 @@ class CVAE(nn.Module):
 # It says how probable each `z` is once we have seen `x`. Write the second in place of the first:
 # ```text
 # ELBO = E[ log( p(x|c) p(z|x,c) / q(z|x,c) ) ]
-#      = log p(x|c) - E[ log( q(z|x,c) / p(z|x,c) ) ]
+#      = E[ log p(x|c) ] + E[ log( p(z|x,c) / q(z|x,c) ) ]    log of a product: a sum of logs
+#      = log p(x|c) - E[ log( q(z|x,c) / p(z|x,c) ) ]         no z in p(x|c); log(1/a) = -log(a)
 # ```
 # So the gap is a KL divergence, too: that of q from the posterior. If we raise the ELBO, log p(x|c)
 # rises, or the gap shrinks. The first makes the training images more probable. The second brings
@@ -260,17 +267,20 @@ class CVAE(nn.Module):
 # The dimensions are independent, so these costs are added, too. A dimension with mu = 0 and var = 1
 # is distributed like the prior. It costs nothing, and says nothing about the image.
 #
-# **The two terms pull against each other.** To draw the image, the decoder must find out from `z`
-# which image it was. For this alone, the distributions of different images should not overlap at
-# all. They would be narrow, or far from 0, and both make KL larger. So they overlap as much as
-# pays: the encoder spends a nat of KL only on what saves more than a nat of the reconstruction
-# loss. (The *nat* is the unit of both, with natural logarithms.) It does not pay for telling the
-# digit, which `c` tells for free. So `z` is left with the style.
+# **The two terms pull against each other.** Their unit is the *nat*, because their logarithms are
+# natural ones. To draw the image, the decoder must find out from `z` which image it was. For this
+# alone, the distributions of different images should not overlap at all. They would be narrow, or
+# far from 0, and both make KL larger. Training makes the sum of the terms small. So the encoder
+# adds a nat to KL only if this saves more than a nat of the reconstruction loss. To tell the digit
+# through `z` would add to KL and save nothing, since `c` tells it already. So `z` is left with the
+# style.
 #
 # **Sums, not means.** Both terms are sums: over the pixels and over the dimensions. Suppose that
 # you take the mean over the pixels instead. Then the first term is 784 times smaller, and nothing
 # in the image is worth its price in KL. All distributions become equal to the prior, and `z` says
-# nothing about the image. This is called *posterior collapse*, since q stands for the posterior.
+# nothing about the image. This is called *posterior collapse*: q, which is used in place of the
+# posterior, no longer depends on the image. (A mean over the images of a batch does no harm, for it
+# changes both terms alike.)
 # %%
 def negative_elbo(model, x, c):
     """x [B, 784] or [B, 1, 28, 28], c [B, num_classes] -> reconstruction loss [B], KL [B].
@@ -308,7 +318,7 @@ def train_step(model, optimizer, x, c):
 @torch.no_grad()
 def generate(model, z, labels):
     """z [N, z_dim] and N labels (integers) -> images [N, 1, 28, 28] in [0, 1], on the CPU."""
-    # Integers of any type, seen on the CPU: on a GPU a wrong label would crash the program.
+    # On the CPU a wrong label is an error with a message; on a GPU it would crash the program.
     c = model.one_hot(torch.tensor(torch.as_tensor(labels).tolist()))
     device = next(model.parameters()).device
     return model.decode(z.to(device), c.to(device)).reshape(-1, 1, 28, 28).cpu()
@@ -342,8 +352,8 @@ def generate(model, z, labels):
 # ```
 # Each printed number is the mean loss of an epoch's steps. They fall from about 167 to 101. (The
 # very first step's loss is 543: an untrained model gives every pixel the probability 1/2, which
-# costs log 2, and 784 log 2 = 543.) In the end the two terms are near LAST_R and LAST_K on test
-# images: `evaluate(model, *test_set)`, a function of Part 2.
+# costs log 2, and 784 log 2 = 543.) For the two terms on test images, write `evaluate(model,
+# *test_set)`, a function of Part 2. In the end they are near LAST_R and LAST_K.
 #
 # Now change the weight of a term. In the line `loss = ...` of `train_step`, write `0 * kl` for
 # `kl`. Images are then reconstructed better than ever, but drawings are scribbles: no `z` from the
@@ -359,9 +369,9 @@ def generate(model, z, labels):
 # that is evaluated, saved and drawn with. After ten epochs its test loss is 98.0. That of the model
 # without averaging is 100.4.
 #
-# Late steps are better than early ones, so they count more: the weight of step number t grows like
-# t**9, and the last tenth of all steps has two thirds of the weight. To get these weights, each
-# step moves the average a part of the way to the model: 10 / (10 + step).
+# Late steps are better than early ones, so they count more: the share of step number t grows like
+# t**9, and the last tenth of all steps has two thirds. To get these shares, each step moves the
+# average a part of the way to the model: 10 / (10 + step).
 # %%
 @torch.no_grad()
 def update_average(average, model, step):
@@ -392,11 +402,11 @@ def evaluate(model, images, labels):
 
 # %% [markdown]
 # ### Train
-# The two loops below are those of the lines above. After each epoch,
+# The two loops below are those of the short program at the end of Part 1. After each epoch,
 #
 # - the averaged model is evaluated on all test images and on 10,000 training images. These losses
-#   are printed and plotted. A test loss that is higher says how much the model has learned that
-#   holds for the training images only.
+#   are printed and plotted. How far the test loss lies above the training loss shows how much the
+#   model has learned that holds for the training images only (*overfitting*).
 # - the checkpoint `cvae_checkpoint.pth` is saved. It has all that is needed to draw or to resume.
 #
 # After every tenth epoch and at the end, two pictures are saved. `CVAE_loss.png` shows the losses
@@ -460,7 +470,7 @@ def train_cvae(
         start = time.perf_counter()
         torch.manual_seed(seed + 1_000_000 * epoch)  # so a resumed run samples the same
         batches = torch.randperm(len(images), device=device).split(batch_size)
-        # For speed; see the appendix. No cache, for it would keep the weights of the first step.
+        # 16 bits, for speed: see the appendix. A cache would keep the weights of the first step.
         with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16, cache_enabled=False):
             for step, indices in enumerate(batches, start=(epoch - 1) * len(batches)):
                 train_step(model, optimizer, images[indices] / 255, model.one_hot(labels[indices]))
@@ -774,7 +784,7 @@ def restore(path, epochs, hyperparameters, model, average, optimizer):
     problems = []
     for name, here in hyperparameters.items():
         there = saved.get(name, "missing")
-        if there != here and (name != "learning_rate" or there == "missing"):
+        if there != here and name != "learning_rate":
             problems.append(f"{name} is {there} in the checkpoint but {here} here")
     if checkpoint.get("epoch", 0) > epochs:
         problems.append(f"epochs is {epochs} but the checkpoint has {checkpoint['epoch']}")
@@ -785,10 +795,10 @@ def restore(path, epochs, hyperparameters, model, average, optimizer):
         model.load_state_dict(checkpoint["training_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         hyperparameters["dataset"] = saved["dataset"]
+        before, now = saved["learning_rate"], hyperparameters["learning_rate"]
         result = checkpoint["epoch"] + 1, checkpoint["history"]
     except KeyError as error:
         raise UserError(f"Cannot resume: {error} is missing in the checkpoint") from None
-    before, now = saved["learning_rate"], hyperparameters["learning_rate"]
     if before != now:  # else the optimizer keeps its own, which a scheduler may have changed
         print(f"learning_rate was {before} and is {now} from now on")
         for group in optimizer.param_groups:
@@ -837,11 +847,11 @@ def save_losses(out_dir, checkpoint):
     """Saves the loss per epoch on training and on test images and, apart, its two terms."""
     figure = Figure((6, 7), layout="constrained")
     panels = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    for name, panel in ("train_loss", 0), ("test_loss", 0), ("reconstruction", 1), ("kl", 2):
-        losses = checkpoint["history"][name]
-        panels[panel].plot([None, *losses], ".-", label=f"{name}: {losses[-1]:.2f}")  # from epoch 1
-        panels[panel].grid()
-        panels[panel].legend()
+    for name, losses in checkpoint["history"].items():
+        axes = panels[{"reconstruction": 1, "kl": 2}.get(name, 0)]
+        axes.plot([None, *losses], ".-", label=f"{name}: {losses[-1]:.2f}")  # from epoch 1
+        axes.grid(True)
+        axes.legend()
     figure.supxlabel("epoch")
     figure.supylabel("nats per image")
     save_figure(out_dir, "CVAE_loss.png", figure, checkpoint)

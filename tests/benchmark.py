@@ -149,7 +149,7 @@ CHANGES = [  # options of train_cvae; what to replace in the script by what
     ({"z_dim": 2}, "", ""),
     ({"num_classes": 0}, "", ""),
     ({}, "[x.flatten(1), c]", "[x.flatten(1), 0 * c]"),
-    ({}, CROSS_ENTROPY, "(torch.sigmoid(logits.float()) - x.flatten(1)) ** 2 / (2 * 0.05)"),
+    ({}, CROSS_ENTROPY, "(torch.sigmoid(logits.float()) - x.flatten(1)) ** 2 / (2 * 0.2)"),
     ({}, LOSS, "reconstruction.mean()"),
     ({}, LOSS, "(reconstruction + 10 * kl).mean()"),
     ({}, LOSS, "(reconstruction / 784 + kl).mean()"),
