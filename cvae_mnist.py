@@ -48,6 +48,7 @@ import copy
 import inspect
 import io
 import math
+import numbers
 import os
 import socket
 import sys
@@ -434,9 +435,9 @@ def train_cvae(
     if never stopped. Seeds PyTorch. Raises UserError."""
     if num_classes not in (10, 0):
         raise UserError(f"num_classes must be 10 or 0, got {num_classes}")
-    epochs = positive("epochs", epochs)
+    epochs, batch_size = positive("epochs", epochs), positive("batch_size", batch_size)
     hyperparameters = {
-        "batch_size": positive("batch_size", batch_size),
+        "batch_size": batch_size,
         "learning_rate": positive("learning_rate", learning_rate, float, "number"),
         "h_dim": positive("h_dim", h_dim),
         "z_dim": positive("z_dim", z_dim),
@@ -604,12 +605,12 @@ def load_images(data_dir, dataset="MNIST"):
         raise UserError(f"dataset is {dataset}; it must be one of {', '.join(DATASETS)}")
     root = Path(data_dir).expanduser()
     raw = root / dataset / "raw"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds; torchvision would wait without end
     try:
         missing = not [os.stat(raw / name) for name in FILES]  # may raise PermissionError
     except FileNotFoundError:
         missing = True
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; torchvision would wait without end
     try:
         parts = []
         for train in True, False:
@@ -675,7 +676,7 @@ def built_in_digits(count, seed):
 # from Intel (Sapphire Rapids) it makes no difference.
 # %%
 BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-torch.log1p(torch.tensor(-0.0))
+_ = torch.log1p(torch.tensor(-0.0))
 
 
 # %% [markdown]
@@ -706,7 +707,8 @@ def pick_device(device=None):
 
 def positive(name, value, kind=int, word="integer"):
     """Returns a plain number, for torch.load would refuse numpy's. Raises UserError."""
-    if not 0 < value < math.inf or kind(value) != value:
+    real = isinstance(value, numbers.Real)
+    if not real or not 0 < value < math.inf or kind(value) != value:
         raise UserError(f"{name} must be a positive {word}, got {value}")
     return kind(value)
 

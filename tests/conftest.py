@@ -4,7 +4,8 @@ import os
 import struct
 import sys
 import tempfile
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,7 @@ sys.path.insert(0, str(ROOT))
 import cvae_mnist  # noqa: E402, I001, first, as users import it
 import torch  # noqa: E402
 
-CHECKPOINT, OLD = "cvae_checkpoint.pth", "cvae_checkpoint.old.pth"
-ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+CHECKPOINT = "cvae_checkpoint.pth"
 MNIST_ROOT = os.getenv("MNIST_ROOT") and Path(os.environ["MNIST_ROOT"]).resolve()
 torch.set_num_threads(1)
 
@@ -38,12 +38,6 @@ def clean_machine(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-@pytest.fixture(scope="session")
-def digits():
-    """(images, labels) to train on and to test on: 600 and 200 built-in digits."""
-    return cvae_mnist.built_in_digits(600, seed=0), cvae_mnist.built_in_digits(200, seed=1)
-
-
 def write_images(folder, train, test, dataset="MNIST"):
     """Writes (images, labels) to train on and to test on as torchvision's files; returns folder."""
     raw = Path(folder, dataset, "raw")
@@ -54,6 +48,12 @@ def write_images(folder, train, test, dataset="MNIST"):
         header = struct.pack(">II", 2049, len(labels))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.byte().numpy().tobytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """(images, labels) to train on and to test on: 600 and 200 built-in digits."""
+    return cvae_mnist.built_in_digits(600, seed=0), cvae_mnist.built_in_digits(200, seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +81,26 @@ def trained(tmp_path_factory, train):
     folder = tmp_path_factory.mktemp("trained")
     train(out_dir=folder)
     return folder
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(name) returns a list that gets the arguments of each call, a dict, however written."""
+
+    def watch(name, run=True):
+        function, calls = getattr(cvae_mnist, name), []
+
+        @wraps(function)
+        def watched(*values, **named):
+            bound = signature(function).bind(*values, **named)
+            bound.apply_defaults()
+            calls.append(bound.arguments)
+            return function(*values, **named) if run else None
+
+        monkeypatch.setattr(cvae_mnist, name, watched)
+        return calls
+
+    return watch
 
 
 def load(folder=".", name=CHECKPOINT):
