@@ -619,12 +619,14 @@ def load_images(data_dir, dataset="MNIST"):
         return dataset, *parts
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        advice = f"{raw} must hold these files, complete and not compressed: {' '.join(FILES)}"
+        files = f"place these files in {raw}, complete and not compressed: {' '.join(FILES)}"
         offline = isinstance(error, (RuntimeError, TimeoutError, ConnectionError, HTTPException))
         if missing and offline and dataset == "MNIST":
-            print(f"Cannot download MNIST: {reason}. Using {BUILT_IN} instead. For MNIST, {advice}")
+            print(
+                f"Cannot download MNIST: {reason}. Using {BUILT_IN} instead. To use MNIST, {files}"
+            )
             return load_images(data_dir, BUILT_IN)
-        raise UserError(f"Cannot use {dataset}: {reason}. {advice}") from error
+        raise UserError(f"Cannot use {dataset}: {reason}. To use {dataset}, {files}") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
