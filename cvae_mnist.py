@@ -102,14 +102,14 @@ from torchvision import datasets, transforms, utils
 # we take it? We choose a distribution in advance: the *standard normal distribution*, with mean 0
 # and variance 1 in each dimension. It is simple to sample from. The loss (below) has two terms. One
 # asks for a good drawing. The other pulls the distribution of every image towards the standard
-# normal one. The first works against this: if all were equal to it, `z` would say nothing about the
-# image, and the decoder could not draw it.
+# normal one. The first works against this: if all distributions were equal, `z` would say nothing
+# about the image, and the decoder could not draw it.
 #
 # The result is a compromise: the distributions are wide, and close together. Where two of them
-# overlap, the same `z` can come from two images, and the decoder must draw something that suits
-# both. So its drawing changes smoothly from one to the next. A random `z` mostly lies between the
-# distributions of several images, and there the decoder draws something between these images: a new
-# digit. (Not always: some drawings are broken.)
+# touch or overlap, the same `z` can come from both images, and the decoder must draw something that
+# suits both. So its drawing tends to change smoothly from one to the next. A random `z` mostly lies
+# between the distributions of several images, and there the decoder draws something between these
+# images: a new digit. (Not always: some drawings are broken.)
 #
 # A variance is positive, but a layer may return any number. So for the variance the encoder returns
 # its logarithm, `log_var`.
@@ -229,7 +229,8 @@ class CVAE(nn.Module):
 #
 # How far is the ELBO below log p(x|c)? The probability to get both `z` and `x` can be written in
 # two ways: p(z) p(x|z,c) or p(x|c) p(z|x,c). The new factor, p(z|x,c), is called the *posterior*.
-# It says how probable each `z` is once we have seen `x`. Write the second in place of the first:
+# It says how probable each `z` is once we have seen `x`. In the line with `>=`, the right side is
+# the ELBO. Write the second product there in place of the first:
 # ```text
 # ELBO = E[ log( p(x|c) p(z|x,c) / q(z|x,c) ) ]
 #      = E[ log p(x|c) ] + E[ log( p(z|x,c) / q(z|x,c) ) ]    log of a product: a sum of logs
@@ -247,10 +248,11 @@ class CVAE(nn.Module):
 # Optimizers minimize. So the loss is -ELBO, which is the sum of two terms.
 #
 # **The reconstruction loss** is the first term, -E[ log p(x|z,c) ]. It is small if the decoder can
-# draw the image from the encoder's `z`. Take one pixel, and let its cost be minus the logarithm of
-# its probability. Let its value in the image be g, and let the decoder say that it is white with
-# probability w. The pixel is white with probability g, and then costs -log w. It is black with
-# probability 1 - g, and then costs -log(1 - w). The mean cost is called the *binary cross-entropy*:
+# draw the image from the encoder's `z`. Now the gray pixels: take one, and let its cost be minus
+# the logarithm of its probability. Let its value in the image be g, and let the decoder say that it
+# is white with probability w. The pixel is white with probability g, and then costs -log w. It is
+# black with probability 1 - g, and then costs -log(1 - w). The mean cost is called the *binary
+# cross-entropy*:
 # ```text
 # -g log w - (1-g) log(1-w)
 # ```
@@ -273,8 +275,8 @@ class CVAE(nn.Module):
 # alone, the distributions of different images should not overlap at all. They would be narrow, or
 # far from 0, and both make KL larger. Training makes the sum of the terms small. So the encoder
 # adds a nat to KL only if this saves more than a nat of the reconstruction loss. To tell the digit
-# through `z` would add to KL and save nothing, since `c` tells it already. So `z` is left with the
-# style.
+# through `z` would add to KL and save nothing, since the decoder has `c`. And the encoder need not
+# tell it, for it has `c`, too. So `z` is left with the style.
 #
 # **Sums, not means.** Both terms are sums: over the pixels and over the dimensions. Suppose that
 # you take the mean over the pixels instead. Then the first term is 784 times smaller, and nothing
