@@ -118,9 +118,9 @@ def test_a_grid_shows_every_image_in_its_place_its_shade_its_box_and_its_caption
         assert (ink.min() + ink.max()) / 2 == pytest.approx(size / 2, abs=3)
         for row in range(2):
             y = round(top + (row + 0.5) * size)
-            shown = 255 - pixels[:, y - 2 : y + 3, x - 2 : x + 3].float().mean(dim=(1, 2))
-            shade = 255 * rows[row, column, 0, 13:15, 13:15].mean().item()
-            assert shown.tolist() == pytest.approx([shade] * 3, abs=12)
+            shown = 255 - pixels[:, y - 13 : y + 13, x - 13 : x + 13].float().mean(dim=(1, 2))
+            shade = 255 * rows[row, column, 0, 10:18, 10:18].mean().item()
+            assert shown.tolist() == pytest.approx([shade] * 3, abs=8)
 
 
 def test_a_run_draws_the_same_samples_and_its_losses_until_it_has_finished(train, watch, figures):
