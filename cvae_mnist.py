@@ -875,13 +875,8 @@ def main(arguments):
     )
     parser.set_defaults(**defaults)
     add = parser.add_argument
-    add(
-        "job",
-        nargs="?",
-        choices=["train", "draw", "restyle"],
-        default=None,
-        help="what to do [all three]",
-    )
+    jobs = ["train", "draw", "restyle"]
+    add("job", nargs="?", choices=jobs, default=None, help="what to do [all three]")
     add("--epochs", type=int, help="number of epochs in all [%(default)s]")
     add("--batch-size", type=int, help="images per step [%(default)s]")
     add("--learning-rate", type=float, help="step size of Adam [%(default)s]")
